@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Shapes that every resource shares."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+T = TypeVar("T")
+
+Name = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", max_length=63),
+    Field(
+        description="Client-chosen name: 1 to 63 of a-z, 0-9, '-', '.'; no '-' or '.' at an end.",
+        examples=["web-1"],
+    ),
+]
+Ref = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$"),
+    Field(description="Name or id of an object: either one addresses it."),
+]
+Labels = Annotated[
+    dict[
+        Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9./_-]{0,62}$")],
+        Annotated[str, StringConstraints(max_length=256)],
+    ],
+    Field(description="Free key-value pairs, at most 32.", max_length=32),
+]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Request(BaseModel):
+    """Base of every request body: an unknown field is an error, and no type is guessed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Response(BaseModel):
+    """Base of every response body."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Page(Response, Generic[T]):
+    """One page of a list."""
+
+    items: list[T]
+    next_cursor: str | None = Field(
+        default=None, description="Pass as `cursor` for the next page; null on the last one."
+    )
+
+
+class Problem(Response):
+    """RFC 9457 problem details: what was wrong, where, and what to do."""
+
+    type: str = Field(default="about:blank", description="A URI that names the kind of problem.")
+    title: str
+    status: int = Field(ge=400, le=599)
+    code: str = Field(description="Stable, for programs.", examples=["vm_not_found"])
+    detail: str = Field(description="One sentence with the value, the limit and what to do.")
+    field: str | None = Field(
+        default=None, description="Path of the offending field.", examples=["disks.0.path"]
+    )
+    state: str | None = Field(default=None, description="On 409: the object's state now.")
+    allowed: list[str] | None = Field(
+        default=None, description="On 409: the actions or states that are allowed now."
+    )
+
+
+class ObjectRef(Response):
+    """Which object something is about."""
+
+    kind: Literal["vm", "kernel", "image", "operation", "host"]
+    id: str
+    name: str | None = None
+
+
+Timestamp = Annotated[datetime, Field(description="RFC 3339, UTC.")]
+Json = dict[str, Any]

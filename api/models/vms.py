@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Virtual machines: what a client asks for and what it is shown."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from .common import Labels, Name, Ref, Request, Response, Timestamp
+
+MAX_VCPUS = 16
+MIN_MEMORY_MIB = 16
+MAX_MEMORY_MIB = 1024 * 1024
+# Linux's COMMAND_LINE_SIZE on x86 is 2048 with the terminating NUL.
+MAX_CMDLINE_BYTES = 2047
+
+DeviceId = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,15}$"),
+    Field(description="Client-chosen id of a device, unique in its VM.", examples=["root"]),
+]
+HostPath = Annotated[
+    str,
+    StringConstraints(pattern=r"^/[^\x00]*$", max_length=4095),
+    Field(description="Absolute path on the host.", examples=["/srv/disks/web-1.raw"]),
+]
+MacAddress = Annotated[
+    str,
+    StringConstraints(pattern=r"^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$"),
+    Field(description="Unicast MAC address in lower case.", examples=["02:00:00:00:00:01"]),
+]
+# IFNAMSIZ is 16 with the terminating NUL; '%' would make the kernel choose a number.
+InterfaceName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,15}$"),
+    Field(description="Name of a host network interface, at most 15 characters."),
+]
+
+
+class VmState(StrEnum):
+    """Where a VM is in its life; daemon/supervisor/lifecycle.py holds the one table."""
+
+    CREATING = "creating"
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    CRASHED = "crashed"
+    DELETING = "deleting"
+
+
+class VmAction(StrEnum):
+    """What can be done to a VM, as `POST /v1/vms/{vm}/{action}`."""
+
+    START = "start"
+    PAUSE = "pause"
+    RESUME = "resume"
+    STOP = "stop"
+    KILL = "kill"
+    RESET = "reset"
+    CTRL_ALT_DEL = "ctrl-alt-del"
+
+
+class DiskCreate(Request):
+    """A virtio-blk disk, from an imported image or from a raw file or block device of the host."""
+
+    id: DeviceId
+    image: Ref | None = Field(
+        default=None,
+        description="An imported disk image. A writable disk is this VM's own copy of it.",
+    )
+    path: HostPath | None = Field(
+        default=None, description="A raw file or block device of the host, used in place."
+    )
+    read_only: bool = False
+    size_mib: int | None = Field(
+        default=None,
+        ge=1,
+        le=64 * 1024 * 1024,
+        description="Only with a writable image: grow this VM's copy to this size.",
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DiskCreate:
+        if (self.image is None) == (self.path is None):
+            raise ValueError("give exactly one of `image` and `path`")
+        if self.size_mib is not None and (self.image is None or self.read_only):
+            raise ValueError("`size_mib` goes with a writable `image` only")
+        return self
+
+
+class NicCreate(Request):
+    """A virtio-net interface on a tap of the host."""
+
+    id: DeviceId
+    tap: InterfaceName | None = Field(
+        default=None,
+        description="Name of the tap to create, or of an existing persistent tap to use; "
+        "left out, hosteld creates one and names it.",
+    )
+    mac: MacAddress | None = Field(
+        default=None, description="Left out, derived from the VM's id and the device id."
+    )
+    mtu: int | None = Field(default=None, ge=68, le=65535)
+    bridge: InterfaceName | None = Field(
+        default=None, description="An existing bridge of the host that the tap joins."
+    )
+
+
+class VmCreate(Request):
+    """A new VM."""
+
+    name: Name
+    vcpus: int = Field(default=1, ge=1, le=MAX_VCPUS)
+    memory_mib: int = Field(default=256, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
+    kernel: Ref = Field(description="An imported kernel.")
+    initrd: Ref | None = Field(default=None, description="An imported image of kind initrd.")
+    cmdline: Annotated[str, StringConstraints(max_length=MAX_CMDLINE_BYTES)] = Field(
+        default="console=ttyS0 reboot=k panic=-1", description="Kernel command line, ASCII."
+    )
+    disks: list[DiskCreate] = Field(
+        default_factory=list, max_length=16, description="In the order that the guest sees."
+    )
+    nics: list[NicCreate] = Field(default_factory=list, max_length=8)
+    rng: bool = Field(default=True, description="Whether the guest has a virtio-rng device.")
+    on_reboot: Literal["reset", "stop"] = Field(
+        default="reset", description="What a guest's own reboot does."
+    )
+    on_panic: Literal["keep", "reset", "stop"] = Field(
+        default="keep", description="What a guest panic that pvpanic reports does."
+    )
+    labels: Labels = Field(default_factory=dict)
+    start: bool = Field(default=False, description="Start it at once.")
+
+    @model_validator(mode="after")
+    def _unique_devices(self) -> VmCreate:
+        seen: set[str] = set()
+        for device_id in [*(d.id for d in self.disks), *(n.id for n in self.nics)]:
+            if device_id in seen:
+                raise ValueError(f"device id {device_id!r} is used twice")
+            seen.add(device_id)
+        if not self.cmdline.isascii() or "\x00" in self.cmdline:
+            raise ValueError("cmdline must be ASCII without NUL")
+        return self
+
+
+class VmPatch(Request):
+    """A change; what is left out stays. Shape changes need a stopped VM."""
+
+    name: Name | None = None
+    labels: Labels | None = None
+    vcpus: int | None = Field(default=None, ge=1, le=MAX_VCPUS)
+    memory_mib: int | None = Field(default=None, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
+    kernel: Ref | None = None
+    initrd: Ref | None = None
+    cmdline: Annotated[str, StringConstraints(max_length=MAX_CMDLINE_BYTES)] | None = None
+    on_reboot: Literal["reset", "stop"] | None = None
+    on_panic: Literal["keep", "reset", "stop"] | None = None
+
+
+class DiskPatch(Request):
+    """A disk's new size; a running guest is told of it."""
+
+    size_mib: int = Field(ge=1, le=64 * 1024 * 1024)
+
+
+class StopRequest(Request):
+    """How to stop: press the power button, wait, then kill."""
+
+    timeout_s: float = Field(default=30.0, ge=0, le=3600, strict=False)
+    force: bool = Field(
+        default=True, description="Kill the VM when the guest has not powered off in time."
+    )
+
+
+class Disk(Response):
+    """A disk as it is."""
+
+    id: str
+    path: str
+    image: str | None
+    read_only: bool
+    size_bytes: int
+
+
+class Nic(Response):
+    """A network interface as it is."""
+
+    id: str
+    tap: str
+    mac: str
+    mtu: int | None
+    bridge: str | None
+
+
+class StateReason(Response):
+    """Why a VM is in its state, when that is not what was asked for."""
+
+    code: str = Field(
+        description="Stable, for programs.",
+        examples=["guest_poweroff", "worker_killed", "triple_fault", "kvm_internal_error"],
+    )
+    message: str
+    at: Timestamp
+    detail: dict[str, str | int] = Field(default_factory=dict)
+
+
+class Vm(Response):
+    """A virtual machine."""
+
+    id: str
+    name: str
+    state: VmState
+    reason: StateReason | None
+    actions: list[VmAction] = Field(description="What its state allows now.")
+    vcpus: int
+    memory_mib: int
+    kernel: str
+    initrd: str | None
+    cmdline: str
+    disks: list[Disk]
+    nics: list[Nic]
+    rng: bool
+    on_reboot: Literal["reset", "stop"]
+    on_panic: Literal["keep", "reset", "stop"]
+    labels: dict[str, str]
+    pid: int | None = Field(description="Process id of its worker while there is one.")
+    boot_time_us: int | None = Field(
+        description="From the start request to the guest's boot-timer write, in microseconds."
+    )
+    created_at: Timestamp
+    started_at: Timestamp | None
+    version: int = Field(description="Grows with every change; the ETag is made of it.")
+
+
+class VmStats(Response):
+    """Counters of a running VM since its start."""
+
+    vcpu_exits: dict[str, int]
+    disks: dict[str, dict[str, int]]
+    nics: dict[str, dict[str, int]]
+    memory_rss_bytes: int
+    console_dropped_bytes: int

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The control protocol between hosteld, the zygote and the workers.
+
+One JSON object per SOCK_SEQPACKET message, file descriptors beside it by SCM_RIGHTS. Three shapes:
+
+    {"id": 7, "op": "pause", "args": {...}}            request
+    {"id": 7, "ok": {...}}                             reply
+    {"id": 7, "error": {"code": ..., "message": ...}}  reply
+    {"notice": "state", "data": {...}}                 unasked, from worker or zygote to hosteld
+
+hosteld asks the zygote:
+    fork     {"vm": id}, fds [listener, console, log, last_words] -> {"pid"}, fds [pidfd]
+    and is told: notice exited {"pid", "status"} (a wait status as os.waitpid gives it)
+hosteld asks a worker, over the worker's own listening socket (so a restarted hosteld finds it again):
+    launch        MachineSpec, fds as the spec indexes them -> Status
+    status        -> Status
+    pause, resume, reset, power_button, ctrl_alt_del -> Status
+    resize_disk   {"disk": id} after the file has changed -> {"size_bytes"}
+    console_write {"data": base64} -> {"taken": n}
+    stats         -> VmStats as api/models/vms.py has it, without memory_rss_bytes
+    quit          ends the worker in good order -> {}
+    and is told: notice state, data a Status
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import socket
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from .errors import ProtocolError
+
+# Linux refuses more in one message: SCM_MAX_FD in include/net/scm.h.
+MAX_FDS: Final = 253
+# A launch with 16 disks and 8 NICs is under 8 KiB; console input comes in pieces of 32 KiB.
+MAX_MESSAGE_BYTES: Final = 128 * 1024
+_RECEIVE_FLAGS: Final = socket.MSG_CMSG_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """A virtio-blk disk; ``fd`` indexes the message's descriptors."""
+
+    id: str
+    fd: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NicSpec:
+    """A virtio-net interface; ``fd`` is a tap opened with IFF_VNET_HDR."""
+
+    id: str
+    fd: int
+    mac: str
+    mtu: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """All that a worker needs to build its machine; fd fields index the message's descriptors.
+
+    Attributes:
+        requested_ns: CLOCK_MONOTONIC of the request that started the VM; boot time counts from it.
+        setup_header: hex of the bzImage's setup header, empty for an ELF kernel.
+        entry: "linux64" or "pvh".
+    """
+
+    vm_id: str
+    vcpus: int
+    memory_bytes: int
+    cmdline: str
+    entry: str
+    setup_header: str
+    kvm_fd: int
+    kernel_fd: int
+    initrd_fd: int | None
+    disks: tuple[DiskSpec, ...]
+    nics: tuple[NicSpec, ...]
+    rng: bool
+    on_reboot: str
+    on_panic: str
+    requested_ns: int
+
+    def encode(self) -> dict[str, Any]:
+        """Return the spec as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def decode(cls, args: dict[str, Any]) -> MachineSpec:
+        """Build the spec from JSON.
+
+        Raises:
+            ProtocolError: a field is missing, unknown or misshapen.
+        """
+        try:
+            fields = dict(args)
+            fields["disks"] = tuple(DiskSpec(**disk) for disk in fields["disks"])
+            fields["nics"] = tuple(NicSpec(**nic) for nic in fields["nics"])
+            return cls(**fields)
+        except (KeyError, TypeError) as err:
+            raise ProtocolError(f"launch: {err}") from err
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A worker's actual state.
+
+    Attributes:
+        state: "empty" before launch, then "running", "paused", "crashed" or "stopped" (on its way
+            out).
+        reason: {"code", "message", "detail"} where the state is not what hosteld asked for.
+        boot_time_us: from MachineSpec.requested_ns to the guest's boot-timer write.
+    """
+
+    state: str
+    vm_id: str
+    pid: int
+    reason: dict[str, Any] | None = None
+    boot_time_us: int | None = None
+
+    def encode(self) -> dict[str, Any]:
+        """Return the status as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def decode(cls, data: dict[str, Any]) -> Status:
+        """Build the status from JSON.
+
+        Raises:
+            ProtocolError: a field is missing or unknown.
+        """
+        try:
+            return cls(**data)
+        except TypeError as err:
+            raise ProtocolError(f"status: {err}") from err
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message with its descriptors, which the receiver owns."""
+
+    body: dict[str, Any]
+    fds: tuple[int, ...] = field(default=())
+
+
+def send(sock: socket.socket, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    """Send one message; the caller keeps its descriptors.
+
+    Raises:
+        ProtocolError: too large.
+        OSError: the peer has gone, or a non-blocking socket is full.
+    """
+    data = json.dumps(body, separators=(",", ":")).encode()
+    if len(data) > MAX_MESSAGE_BYTES or len(fds) > MAX_FDS:
+        raise ProtocolError(f"message of {len(data)} bytes and {len(fds)} descriptors is too large")
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket) -> Message | None:
+    """Receive one message; None when the peer has closed.
+
+    Raises:
+        ProtocolError: not a JSON object, or truncated; its descriptors are closed.
+        OSError: as recvmsg(2), BlockingIOError on a non-blocking socket included.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(
+        MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * 4), _RECEIVE_FLAGS
+    )
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    if not data and not fds:
+        return None
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("message was cut short")
+        body = json.loads(data)
+        if not isinstance(body, dict):
+            raise ProtocolError("message is not a JSON object")
+    except ValueError as err:
+        close_all(fds)
+        raise ProtocolError(f"message is not JSON: {err}") from err
+    except ProtocolError:
+        close_all(fds)
+        raise
+    return Message(body, tuple(fds))
+
+
+def close_all(fds: array.array[int] | tuple[int, ...]) -> None:
+    """Close descriptors that a message brought."""
+    for fd in fds:
+        socket.close(fd)

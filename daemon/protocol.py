@@ -12,7 +12,7 @@ One JSON object per SOCK_SEQPACKET message, file descriptors beside it by SCM_RI
 hosteld asks the zygote:
     fork     {"vm": id}, fds [listener, console, log, last_words] -> {"pid"}, fds [pidfd]
     and is told: notice exited {"pid", "status"} (a wait status as os.waitpid gives it)
-hosteld asks a worker, over the worker's own listening socket (so a restarted hosteld finds it again):
+hosteld asks a worker, over its own listening socket (so that a later hosteld finds it again):
     launch        MachineSpec, fds as the spec indexes them -> Status
     status        -> Status
     pause, resume, reset, power_button, ctrl_alt_del -> Status

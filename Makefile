@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+#
+# make demo   set everything up and boot a Linux guest through the REST API
+# make serve  leave a daemon running that curl on this machine can drive
+# make test   set everything up and run every test tier
+# make check  the fast tiers only: style, unit, api
+# make bench  the benchmarks; make fuzz  the fuzzers, for long
+# make lab    a shell command away from a full host: see docs/lab.md
+# make fmt    format the code
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q
+SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# What the build and the tests use of Debian: a compiler and headers, the lab, fuzzing, style.
+APT    := gcc libc6-dev linux-libc-dev python3-dev python3-venv curl iproute2 kmod cpio \
+          busybox-static squashfs-tools e2fsprogs qemu-system-x86 \
+          clang libclang-rt-14-dev clang-format shellcheck acpica-tools
+
+.PHONY: demo serve test check bench fuzz lab fmt setup build guest clean \
+        test-style test-unit test-api test-fuzz test-kvm test-guest
+
+# --- set-up
+
+setup: build
+
+# apt-get is asked only for what is missing, so a second run needs neither root nor a network.
+$(VENV)/.apt: Makefile
+	@mkdir -p $(VENV)
+	@missing=$$(for p in $(APT); do \
+	   dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	 if [ -n "$$missing" ]; then \
+	   echo "installing:" $$missing; \
+	   $(SUDO) apt-get -qq update && \
+	   DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get -qq install -y --no-install-recommends \
+	     $$missing >/dev/null; \
+	 fi
+	@touch $@
+
+$(VENV)/.pip: pyproject.toml $(VENV)/.apt
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# The C core, rebuilt when one of its sources is newer.
+kvm_ffi/_kvm.abi3.so: $(wildcard kvm_ffi/*.cdef kvm_ffi/csrc/*.[ch]) kvm_ffi/build_kvm.py $(VENV)/.pip
+	@$(BIN)/python setup.py -q build_ext --inplace --force
+	@touch $@
+
+build: kvm_ffi/_kvm.abi3.so
+
+# --- tests, the fast tiers first
+
+test: check test-fuzz test-kvm test-guest
+
+check: test-style test-unit test-api
+
+test-style: build
+	$(PYTEST) tests/style
+
+test-unit: build
+	$(PYTEST) tests/unit
+
+test-api: build
+	$(PYTEST) tests/api
+
+test-fuzz: build
+	$(PYTEST) tests/fuzz
+
+test-kvm: build
+	$(PYTEST) tests/kvm

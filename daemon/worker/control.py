@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The worker's control socket: one connection to hosteld at a time, the newest wins."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from .. import protocol
+from ..errors import ProtocolError, WorkerError
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[str, dict[str, Any], tuple[int, ...]], dict[str, Any]]
+
+
+class ControlServer:
+    """Answers requests of a listening SOCK_SEQPACKET socket.
+
+    A later connection replaces the one before: it is a restarted hosteld. A connection that breaks
+    the protocol, or that does not read, is closed; the guest runs on and hosteld may come back.
+
+    Args:
+        handler: called as handler(op, args, fds), returns the reply or raises WorkerError; it owns
+            the descriptors that it is given.
+
+    Threads: the worker's main thread only.
+    """
+
+    def __init__(
+        self, listener: socket.socket, selector: selectors.BaseSelector, handler: Handler
+    ) -> None:
+        self._listener = listener
+        self._selector = selector
+        self._handler = handler
+        self._peer: socket.socket | None = None
+        listener.setblocking(False)
+        selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def notify(self, notice: str, data: dict[str, Any]) -> None:
+        """Tell hosteld, if it is there; one that is not asks for the status when it comes."""
+        if self._peer is not None:
+            self._send({"notice": notice, "data": data})
+
+    def close(self) -> None:
+        """Close the connection and the listener."""
+        self._hang_up()
+        self._selector.unregister(self._listener)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        self._hang_up()
+        peer.setblocking(False)
+        self._peer = peer
+        self._selector.register(peer, selectors.EVENT_READ, self._serve)
+
+    def _serve(self) -> None:
+        assert self._peer is not None
+        try:
+            message = protocol.receive(self._peer)
+        except BlockingIOError:
+            return
+        except (ProtocolError, OSError) as err:
+            log.warning("control connection dropped: %s", err)
+            self._hang_up()
+            return
+        if message is None:
+            self._hang_up()
+            return
+        self._send(self._answer(message))
+
+    def _answer(self, message: protocol.Message) -> dict[str, Any]:
+        body = message.body
+        request_id, op, args = body.get("id"), body.get("op"), body.get("args", {})
+        if not isinstance(op, str) or not isinstance(args, dict):
+            protocol.close_all(message.fds)
+            return _error(request_id, "bad_request", "op must be a string and args an object")
+        try:
+            return {"id": request_id, "ok": self._handler(op, args, message.fds)}
+        except WorkerError as err:
+            return _error(request_id, err.code, str(err))
+        except ProtocolError as err:
+            return _error(request_id, "bad_request", str(err))
+        except Exception as err:
+            # The border "worker message": a defect in one request must not end the guest.
+            log.exception("request failed op=%s", op)
+            return _error(request_id, "worker_defect", f"{op}: {type(err).__name__}: {err}")
+
+    def _send(self, body: dict[str, Any]) -> None:
+        if self._peer is None:
+            return
+        try:
+            protocol.send(self._peer, body)
+        except OSError as err:
+            log.warning("control connection dropped: %s", err)
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._peer is not None:
+            self._selector.unregister(self._peer)
+            self._peer.close()
+            self._peer = None
+
+
+def _error(request_id: object, code: str, message: str) -> dict[str, Any]:
+    return {"id": request_id, "error": {"code": code, "message": message}}

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""A worker process: one VM, from launch to its end.
+
+The main thread runs one loop over the control socket, the guest's console output, the slow
+devices' kicks and what the machine reports; vCPUs and fast devices have threads of their own.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from kvm_ffi.eventfd import EventFd
+from kvm_ffi.host_process import drop_privileges, keep_heap_small, name_thread
+from kvm_ffi.vcpu import install_kick_signal
+
+from .. import protocol
+from ..errors import ProtocolError, WorkerError
+from ..protocol import MachineSpec, Status
+from .console import ConsoleLog
+from .control import ControlServer
+from .machine import Machine, MachineEvent, MachineFds
+
+log = logging.getLogger(__name__)
+
+# A guest that resets itself at once after each start costs the host this often, no more.
+MIN_RESET_INTERVAL_S: Final = 1.0
+
+
+def run(vm_id: str, fds: tuple[int, ...]) -> int:
+    """Be a worker until its VM ends; returns the process's exit status.
+
+    Args:
+        fds: listener, console, log and last_words, as protocol.py says; owned from here on.
+    """
+    listener_fd, console_fd, log_fd, last_words_fd = fds
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.close(log_fd)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keep_heap_small()
+    drop_privileges()
+    install_kick_signal()
+    name_thread(f"vm-{vm_id}")
+    with selectors.DefaultSelector() as selector:
+        worker = Worker(vm_id, selector, console_fd, last_words_fd)
+        control = ControlServer(socket.socket(fileno=listener_fd), selector, worker.handle)
+        worker.serve(control)
+        control.close()
+    return 0
+
+
+class Worker:
+    """The state of one VM, and what hosteld may do to it.
+
+    Threads: the main thread, except post(), which any thread may call.
+    """
+
+    def __init__(
+        self, vm_id: str, selector: selectors.BaseSelector, console_fd: int, last_words_fd: int
+    ) -> None:
+        self._selector = selector
+        self._console = ConsoleLog(console_fd)
+        self._last_words_fd = last_words_fd
+        self._machine: Machine | None = None
+        self._spec: MachineSpec | None = None
+        self._fds: MachineFds | None = None
+        self._status = Status(state="empty", vm_id=vm_id, pid=os.getpid())
+        self._control: ControlServer | None = None
+        self._events: collections.deque[MachineEvent] = collections.deque()
+        self._events_ready = EventFd()
+        self._is_done = False
+        self._reset_due: float | None = None
+        self._last_reset = 0.0
+        self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "status": self._on_status,
+            "pause": self._on_pause,
+            "resume": self._on_resume,
+            "reset": self._on_reset,
+            "power_button": self._on_power_button,
+            "ctrl_alt_del": self._on_ctrl_alt_del,
+            "resize_disk": self._on_resize_disk,
+            "console_write": self._on_console_write,
+            "stats": self._on_stats,
+            "quit": self._on_quit,
+        }
+
+    def serve(self, control: ControlServer) -> None:
+        """Run the main loop until the VM has ended."""
+        self._control = control
+        self._selector.register(self._events_ready.fd, selectors.EVENT_READ, self._on_events)
+        while not self._is_done:
+            timeout = None
+            if self._reset_due is not None:
+                timeout = max(0.0, self._reset_due - time.monotonic())
+            for key, _ in self._selector.select(timeout):
+                key.data()
+            if self._reset_due is not None and time.monotonic() >= self._reset_due:
+                self._reset_due = None
+                self._rebuild()
+        self._teardown()
+
+    def post(self, event: MachineEvent) -> None:
+        """Report what happened in the machine; callable on any thread, never blocks."""
+        self._events.append(event)
+        self._events_ready.signal()
+
+    # --- requests
+
+    def handle(self, op: str, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        """Serve one request of hosteld.
+
+        Raises:
+            WorkerError: it cannot be done, with a stable code.
+            ProtocolError: its arguments are wrong.
+        """
+        if op == "launch":
+            return self._on_launch(args, fds)
+        protocol.close_all(fds)
+        handler = self._requests.get(op)
+        if handler is None:
+            raise ProtocolError(f"unknown op {op!r}")
+        return handler(args)
+
+    def _on_launch(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        if self._status.state != "empty":
+            protocol.close_all(fds)
+            raise WorkerError("wrong_state", f"launch: the worker is {self._status.state}")
+        self._spec = MachineSpec.decode(args)
+        self._fds = MachineFds(fds)
+        self._build()
+        self._set_state("running")
+        return self._status.encode()
+
+    def _on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return self._status.encode()
+
+    def _on_pause(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._need("running").pause()
+        self._set_state("paused")
+        return self._status.encode()
+
+    def _on_resume(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._need("paused").resume()
+        self._set_state("running")
+        return self._status.encode()
+
+    def _on_reset(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._need("running", "paused", "crashed")
+        self._rebuild()
+        return self._status.encode()
+
+    def _on_power_button(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._need("running").press_power_button()
+        return self._status.encode()
+
+    def _on_ctrl_alt_del(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._need("running").press_ctrl_alt_del()
+        return self._status.encode()
+
+    def _on_resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
+        machine = self._need("running", "paused")
+        return {"size_bytes": machine.refresh_disk(str(args.get("disk")))}
+
+    def _on_console_write(self, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            data = base64.b64decode(str(args.get("data")), validate=True)
+        except binascii.Error as err:
+            raise ProtocolError(f"console_write: {err}") from err
+        return {"taken": self._need("running", "paused").uart.write_input(data)}
+
+    def _on_stats(self, _args: dict[str, Any]) -> dict[str, Any]:
+        stats = self._need("running", "paused", "crashed").stats()
+        return {**stats, "console_lost_bytes": self._console.lost_bytes}
+
+    def _on_quit(self, _args: dict[str, Any]) -> dict[str, Any]:
+        self._end("killed", "ended on request")
+        return {}
+
+    def _need(self, *states: str) -> Machine:
+        if self._machine is None or self._status.state not in states:
+            wanted = " or ".join(states)
+            raise WorkerError("wrong_state", f"the VM is {self._status.state}, not {wanted}")
+        return self._machine
+
+    # --- what the machine reports
+
+    def _on_events(self) -> None:
+        self._events_ready.drain()
+        while self._events and not self._is_done:
+            self._on_event(self._events.popleft())
+
+    def _on_event(self, event: MachineEvent) -> None:
+        if self._machine is None or event.generation != self._machine.generation:
+            return  # from before a reset
+        log.info("machine event code=%s: %s", event.code, event.message)
+        if event.code == "boot_timer":
+            if self._status.boot_time_us is None:
+                assert self._spec is not None
+                elapsed_us = (event.at_ns - self._spec.requested_ns) // 1000
+                self._status = replace(self._status, boot_time_us=elapsed_us)
+                self._tell()
+        elif event.code == "guest_poweroff":
+            self._end(event.code, event.message)
+        elif event.code == "guest_reboot":
+            self._on_guest_reset(event, self._policy("on_reboot"))
+        elif event.code == "guest_panic":
+            policy = self._policy("on_panic")
+            if policy == "keep":
+                self._set_state(self._status.state, _reason(event))
+            else:
+                self._on_guest_reset(event, policy)
+        else:
+            self._crash(event)
+
+    def _policy(self, name: str) -> str:
+        assert self._spec is not None
+        return str(getattr(self._spec, name))
+
+    def _on_guest_reset(self, event: MachineEvent, policy: str) -> None:
+        if policy == "stop":
+            self._end(event.code, event.message)
+            return
+        assert self._machine is not None
+        self._machine.pause()
+        self._status = replace(self._status, reason=_reason(event))
+        self._reset_due = max(time.monotonic(), self._last_reset + MIN_RESET_INTERVAL_S)
+
+    def _crash(self, event: MachineEvent) -> None:
+        """Stop the vCPUs and keep everything else as it is, for the operator to look at."""
+        assert self._machine is not None
+        self._machine.pause()
+        self._set_state("crashed", _reason(event))
+        self._write_last_words()
+
+    # --- state
+
+    def _build(self) -> None:
+        assert self._spec is not None
+        assert self._fds is not None
+        self._machine = Machine(self._spec, self._fds, self.post)
+        self._selector.register(
+            self._machine.uart.output.fd, selectors.EVENT_READ, self._on_console_output
+        )
+        self._selector.register(
+            self._machine.event_loop.fileno(),
+            selectors.EVENT_READ,
+            self._machine.event_loop.dispatch,
+        )
+        self._machine.start()
+
+    def _unbuild(self) -> None:
+        machine, self._machine = self._machine, None
+        if machine is None:
+            return
+        machine.stop()
+        self._drain_console(machine)
+        self._selector.unregister(machine.uart.output.fd)
+        self._selector.unregister(machine.event_loop.fileno())
+        machine.close()
+
+    def _rebuild(self) -> None:
+        """Build the machine anew from the same spec and descriptors: a reset."""
+        self._unbuild()
+        self._last_reset = time.monotonic()
+        try:
+            self._build()
+        except Exception as err:
+            # The border "worker message": after this there is no machine to go back to.
+            log.exception("reset failed")
+            self._end("reset_failed", f"{type(err).__name__}: {err}")
+            return
+        self._set_state("running", self._status.reason)
+
+    def _end(self, code: str, message: str) -> None:
+        self._is_done = True
+        if self._machine is not None:
+            self._machine.stop()
+        self._set_state("stopped", {"code": code, "message": message, "detail": {}})
+        self._write_last_words()
+
+    def _teardown(self) -> None:
+        self._unbuild()
+        if self._fds is not None:
+            self._fds.close()
+
+    def _set_state(self, state: str, reason: dict[str, Any] | None = None) -> None:
+        self._status = replace(self._status, state=state, reason=reason)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._control is not None:
+            self._control.notify("state", self._status.encode())
+
+    def _write_last_words(self) -> None:
+        """Leave the status for a hosteld that is away right now."""
+        data = json.dumps(self._status.encode()).encode()
+        try:
+            os.pwrite(self._last_words_fd, data, 0)
+            os.ftruncate(self._last_words_fd, len(data))
+        except OSError as err:
+            log.error("last words not kept: %s", err)
+
+    # --- console
+
+    def _on_console_output(self) -> None:
+        if self._machine is not None:
+            self._machine.uart.output.drain()
+            self._drain_console(self._machine)
+
+    def _drain_console(self, machine: Machine) -> None:
+        while data := machine.uart.read_output():
+            self._console.append(data)
+
+
+def _reason(event: MachineEvent) -> dict[str, Any]:
+    return {"code": event.code, "message": event.message, "detail": event.detail}

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from devices.acpi.config import AcpiConfig, AddressWindow
+from devices.acpi.tables import AcpiTables, build_tables
+
+CONFIG = AcpiConfig(
+    n_vcpus=2,
+    ecam=AddressWindow(0xE0000000, 1 << 20),
+    pci_window_32=AddressWindow(0xC0000000, 0x20000000),
+    pci_window_64=AddressWindow(0x140000000, 1 << 36),
+)
+BOOT_8042, BOOT_NO_VGA, BOOT_NO_RTC = 1 << 1, 1 << 2, 1 << 5
+
+
+class Parsed:
+    """Follows the pointers as a guest does: RSDP, XSDT, tables."""
+
+    def __init__(self, tables: AcpiTables) -> None:
+        self.memory = dict(tables.blobs)
+        self.rsdp = self.memory[tables.rsdp_gpa]
+        xsdt = self.memory[struct.unpack_from("<Q", self.rsdp, 24)[0]]
+        listed = struct.unpack(f"<{(len(xsdt) - 36) // 8}Q", xsdt[36:])
+        self.by_name = {self.memory[gpa][:4]: self.memory[gpa] for gpa in listed}
+        self.dsdt = self.memory[struct.unpack_from("<Q", self.by_name[b"FACP"], 140)[0]]
+
+    @property
+    def boot_flags(self) -> int:
+        flags: int = struct.unpack_from("<H", self.by_name[b"FACP"], 109)[0]
+        return flags
+
+
+def test_every_table_has_its_length_and_checksum() -> None:
+    for _gpa, blob in build_tables(CONFIG).blobs:
+        assert sum(blob) & 0xFF == 0
+    for table in Parsed(build_tables(CONFIG)).by_name.values():
+        assert struct.unpack_from("<I", table, 4)[0] == len(table)
+
+
+def test_rsdp_of_revision_2_has_both_checksums() -> None:
+    rsdp = Parsed(build_tables(CONFIG)).rsdp
+    assert (rsdp[:8], rsdp[15], len(rsdp)) == (b"RSD PTR ", 2, 36)
+    assert sum(rsdp[:20]) & 0xFF == 0
+
+
+def test_tables_do_not_overlap_and_stay_in_their_area() -> None:
+    blobs = sorted(build_tables(CONFIG).blobs)
+    ends = [gpa + len(blob) for gpa, blob in blobs]
+    assert all(end <= start for end, (start, _) in zip(ends, blobs[1:], strict=False))
+    assert blobs[0][0] == 0xE0000
+    assert ends[-1] <= 0x100000
+
+
+def test_area_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="beyond 0xe0200"):
+        build_tables(dataclasses.replace(CONFIG, tables_end=0xE0200))
+
+
+def test_xsdt_lists_fadt_madt_and_mcfg() -> None:
+    assert set(Parsed(build_tables(CONFIG)).by_name) == {b"FACP", b"APIC", b"MCFG"}
+
+
+def test_fadt_is_hardware_reduced_with_reset_and_sleep_registers() -> None:
+    fadt = Parsed(build_tables(CONFIG)).by_name[b"FACP"]
+    flags = struct.unpack_from("<I", fadt, 112)[0]
+    assert flags & (1 << 20)
+    assert flags & (1 << 10)
+    assert struct.unpack_from("<BBBBQB", fadt, 116) == (1, 8, 0, 1, 0x5C6, 1)
+    assert struct.unpack_from("<BBBBQ", fadt, 244) == (1, 8, 0, 1, 0x5C4)
+    assert struct.unpack_from("<BBBBQ", fadt, 256) == (1, 8, 0, 1, 0x5C5)
+
+
+def test_devices_that_exist_are_told_to_exist() -> None:
+    parsed = Parsed(build_tables(CONFIG))
+    assert parsed.boot_flags & (BOOT_8042 | BOOT_NO_RTC) == BOOT_8042
+    assert parsed.by_name[b"FACP"][108] == 0x32
+
+
+def test_devices_left_out_are_told_to_be_absent() -> None:
+    without = dataclasses.replace(CONFIG, has_rtc=False, has_i8042=False)
+    parsed = Parsed(build_tables(without))
+    assert parsed.boot_flags & (BOOT_8042 | BOOT_NO_RTC) == BOOT_NO_RTC
+    assert parsed.by_name[b"FACP"][108] == 0
+
+
+def test_no_vga_is_told() -> None:
+    assert Parsed(build_tables(CONFIG)).boot_flags & BOOT_NO_VGA
+
+
+@pytest.mark.parametrize("n_vcpus", [1, 2, 16])
+def test_madt_has_one_enabled_lapic_per_vcpu(n_vcpus: int) -> None:
+    madt = Parsed(build_tables(dataclasses.replace(CONFIG, n_vcpus=n_vcpus))).by_name[b"APIC"]
+    apic_ids, offset = [], 44
+    while offset < len(madt):
+        if madt[offset] == 0 and madt[offset + 4] == 1:
+            apic_ids.append(madt[offset + 3])
+        offset += madt[offset + 1]
+    assert apic_ids == list(range(n_vcpus))
+
+
+def test_mcfg_covers_the_ecam_buses() -> None:
+    mcfg = Parsed(build_tables(CONFIG)).by_name[b"MCFG"]
+    assert struct.unpack_from("<QHBB", mcfg, 44) == (0xE0000000, 0, 0, 0)
+
+
+@pytest.mark.parametrize("n_vcpus", [0, -1, 10_000])
+def test_vcpu_count_out_of_range_is_refused(n_vcpus: int) -> None:
+    with pytest.raises(ValueError, match="n_vcpus"):
+        dataclasses.replace(CONFIG, n_vcpus=n_vcpus)
+
+
+def test_ecam_of_half_a_bus_is_refused() -> None:
+    with pytest.raises(ValueError, match="whole MiB"):
+        dataclasses.replace(CONFIG, ecam=AddressWindow(0xE0000000, 1 << 19))
+
+
+def test_isa_gsi_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="gsi=24"):
+        dataclasses.replace(CONFIG, ged_gsi=24)
+
+
+def _disassemble(tables: AcpiTables, folder: Path) -> dict[bytes, str]:
+    iasl = shutil.which("iasl")
+    if iasl is None:
+        pytest.skip("iasl is not installed (package acpica-tools)")
+    texts = {}
+    parsed = Parsed(tables)
+    for name, table in {**parsed.by_name, b"DSDT": parsed.dsdt}.items():
+        source = folder / f"{name.decode()}.dat"
+        source.write_bytes(table)
+        result = subprocess.run(
+            [iasl, "-d", str(source)], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert not re.search(r"error|warning|invalid|incorrect", result.stderr, re.IGNORECASE)
+        texts[name] = source.with_suffix(".dsl").read_text()
+    return texts
+
+
+def test_iasl_reads_the_tables_and_compiles_the_dsdt_again(tmp_path: Path) -> None:
+    texts = _disassemble(build_tables(CONFIG), tmp_path)
+    assert "Hardware Reduced (V5) : 1" in texts[b"FACP"]
+    for hardware_id in ("PNP0A08", "PNP0C02", "PNP0501", "PNP0B00", "PNP0303", "ACPI0013"):
+        assert hardware_id in texts[b"DSDT"]
+    assert r"Notify (\_SB.PWRB, 0x80)" in texts[b"DSDT"]
+    result = subprocess.run(
+        ["iasl", "DSDT.dsl"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "0 Errors, 0 Warnings" in result.stdout
+
+
+def test_iasl_finds_no_device_that_was_left_out(tmp_path: Path) -> None:
+    bare = dataclasses.replace(
+        CONFIG,
+        has_com1=False,
+        has_rtc=False,
+        has_i8042=False,
+        has_pvpanic=False,
+        pci_window_64=None,
+    )
+    dsdt = _disassemble(build_tables(bare), tmp_path)[b"DSDT"]
+    for text in ("PNP0501", "PNP0B00", "PNP0303", "QEMU0001", "QWordMemory"):
+        assert text not in dsdt

@@ -2,8 +2,8 @@
 # Copyright the Hostel authors
 """ELF64 kernels: what to load where, and the addresses at which they can be entered.
 
-The file comes from a client, so nothing in it is believed: every number is bounded before it is used,
-and whatever is wrong ends in KernelFormatError. Light enough for a worker to import.
+The file comes from a client, so nothing in it is believed: every number is bounded before it is
+used, and whatever is wrong ends in KernelFormatError. Light enough for a worker to import.
 
 Source: System V ABI, chapters 4 and 5 (ELF-64 object file format); for the PVH note
 xen/include/public/elfnote.h, XEN_ELFNOTE_PHYS32_ENTRY; for the 64-bit entry Linux
@@ -12,6 +12,7 @@ Documentation/arch/x86/boot.rst, section "64-bit Boot Protocol".
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import re
@@ -45,7 +46,7 @@ _BANNER: Final = re.compile(rb"Linux version (\d[^\n\x00]{0,511})")
 
 
 class Segment(NamedTuple):
-    """One PT_LOAD: ``file_bytes`` from ``file_offset`` go to ``gpa``, zeros up to ``memory_bytes``."""
+    """One PT_LOAD: bytes of the file that go to ``gpa``, and zeros up to ``memory_bytes``."""
 
     gpa: int
     file_offset: int
@@ -187,7 +188,7 @@ def _check_segments(headers: list[_ProgramHeader], file_bytes: int) -> tuple[Seg
     )
     if not segments:
         raise KernelFormatError("no segment to load: this ELF file is not a kernel")
-    for before, after in zip(segments, segments[1:], strict=False):
+    for before, after in itertools.pairwise(segments):
         if after.gpa < before.end_gpa:
             raise KernelFormatError(
                 f"the segments at gpa={before.gpa:#x} and gpa={after.gpa:#x} overlap"

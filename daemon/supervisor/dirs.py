@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The state and the runtime directory: how they are made, checked and locked."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ConfigError
+
+
+class DirectoryInUse(ConfigError):
+    """Another hosteld runs on this state directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies.
+
+    Under ``state``: hostel.db, kernels/, images/, staging/, vms/<id>/{console.log,worker.log,
+    disks/}. Under ``runtime``: vms/<id>/{control.sock,last_words,pid}.
+    """
+
+    state: Path
+    runtime: Path
+
+    @property
+    def database(self) -> Path:
+        """The SQLite database."""
+        return self.state / "hostel.db"
+
+    @property
+    def kernels(self) -> Path:
+        """Imported kernels."""
+        return self.state / "kernels"
+
+    @property
+    def images(self) -> Path:
+        """Imported images."""
+        return self.state / "images"
+
+    @property
+    def staging(self) -> Path:
+        """Uploads and imports on their way; emptied at every start."""
+        return self.state / "staging"
+
+    def vm_state(self, vm_id: str) -> Path:
+        """A VM's part of the state directory."""
+        return self.state / "vms" / vm_id
+
+    def vm_runtime(self, vm_id: str) -> Path:
+        """A VM's part of the runtime directory."""
+        return self.runtime / "vms" / vm_id
+
+
+def prepare(layout: Layout) -> None:
+    """Make both directories with all that belongs in them.
+
+    Raises:
+        ConfigError: a directory cannot be made, belongs to another user, or lets others write.
+    """
+    _make_private(layout.state, 0o700)
+    # The system's runtime directory may be entered by all, so that members of socket_group reach
+    # the API socket; vms/ below it stays hosteld's own.
+    _make_private(layout.runtime, 0o755 if os.geteuid() == 0 else 0o700)
+    for path in (
+        layout.kernels,
+        layout.images,
+        layout.staging,
+        layout.state / "vms",
+        layout.runtime / "vms",
+    ):
+        _make(path, 0o700, parents=False)
+
+
+def _make_private(path: Path, mode: int) -> None:
+    """Make a directory that only its owner may write, or check that it is one.
+
+    A directory below /tmp may have been put there by someone else: lstat, not stat, so that a
+    symbolic link is seen as what it is.
+    """
+    _make(path, mode, parents=True)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise ConfigError(f"{path}: is not a directory")
+    if info.st_uid != os.geteuid():
+        raise ConfigError(f"{path}: belongs to uid {info.st_uid}, hosteld runs as {os.geteuid()}")
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"{path}: mode {stat.S_IMODE(info.st_mode):04o} lets others write; run chmod go-w on it"
+        )
+
+
+def _make(path: Path, mode: int, *, parents: bool) -> None:
+    try:
+        path.mkdir(mode=mode, parents=parents, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be made: {err.strerror}") from err
+
+
+def lock(state: Path) -> int:
+    """Take the state directory for this process; the lock lives as long as the returned fd.
+
+    Raises:
+        DirectoryInUse: another hosteld has it; the text names its pid.
+        ConfigError: the lock file cannot be opened.
+    """
+    path = state / "lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as err:
+        raise ConfigError(f"{path}: {err.strerror}") from err
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except BlockingIOError as err:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise DirectoryInUse(f"{state}: hosteld with pid {holder} runs on it already") from err
+    except OSError as err:
+        os.close(fd)
+        raise ConfigError(f"{path}: {err.strerror}") from err
+    return fd

@@ -44,6 +44,22 @@ def all_ones(length: int) -> int:
 
 
 @dataclass(frozen=True)
+class AddressWindow:
+    """A range of guest-physical addresses, e.g. what BARs may be placed in."""
+
+    base: int
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.base < 0 or self.size_bytes <= 0:
+            raise ValueError(f"window base={self.base:#x} size={self.size_bytes:#x}: empty")
+
+    def contains(self, base: int, size_bytes: int) -> bool:
+        """Whether the whole range lies inside."""
+        return self.base <= base and base + size_bytes <= self.base + self.size_bytes
+
+
+@dataclass(frozen=True)
 class _Range:
     base: int
     length: int

@@ -7,21 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from devices.bus import AddressWindow
+
 ECAM_BYTES_PER_BUS: Final = 1 << 20
 # One table page of LAPIC entries; far beyond the 16 vCPUs that a machine may have.
 MAX_VCPUS: Final = 254
-
-
-@dataclass(frozen=True)
-class AddressWindow:
-    """A range of guest-physical addresses."""
-
-    base: int
-    size_bytes: int
-
-    def __post_init__(self) -> None:
-        if self.base < 0 or self.size_bytes <= 0:
-            raise ValueError(f"window base={self.base:#x} size={self.size_bytes:#x}: empty")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def _align(gpa: int) -> int:
     return -(-gpa // TABLE_ALIGNMENT) * TABLE_ALIGNMENT
 
 
-def _checksum(data: bytes) -> int:
+def _checksum(data: bytes | bytearray) -> int:
     return -sum(data) & 0xFF
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from devices.acpi.config import AcpiConfig, AddressWindow
+from devices.acpi.config import AcpiConfig
 from devices.acpi.tables import AcpiTables, build_tables
+from devices.bus import AddressWindow
 
 CONFIG = AcpiConfig(
     n_vcpus=2,

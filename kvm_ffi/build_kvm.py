@@ -2,8 +2,8 @@
 # Copyright the Hostel authors
 """Builds ``kvm_ffi._kvm``: the cffi binding of <linux/kvm.h> and of the C core in csrc/.
 
-Every ``*.cdef`` here and every ``csrc/*.c`` is part of the build, so a new unit of C is two new files and
-no edit of this one.
+Every ``*.cdef`` here and every ``csrc/*.c`` is part of the build, so a new unit of C is two new
+files and no edit of this one.
 """
 
 from __future__ import annotations

@@ -100,6 +100,14 @@ void uart16550_destroy(struct uart16550 *uart)
 	munmap(uart, sizeof(*uart));
 }
 
+void uart16550_disconnect(struct uart16550 *uart)
+{
+	pthread_mutex_lock(&uart->lock);
+	uart->irq_fd = -1;
+	uart->output_fd = -1;
+	pthread_mutex_unlock(&uart->lock);
+}
+
 static void signal_fd(int fd)
 {
 	/* It can fail only with EAGAIN on a full counter, and then the reader has been woken already. */

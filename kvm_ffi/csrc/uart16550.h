@@ -22,10 +22,12 @@ struct uart16550;
 /*
  * irq_fd: eventfd written on each rising edge of the interrupt condition, or -1.
  * output_fd: eventfd written when the output ring turns non-empty, or -1.
- * Both stay the caller's and must outlive the UART. Returns NULL when out of memory.
+ * Both stay the caller's and stay open until uart16550_disconnect(). Returns NULL when out of memory.
  */
 struct uart16550 *uart16550_create(int irq_fd, int output_fd);
 void uart16550_destroy(struct uart16550 *uart);
+/* Forgets both eventfds: returns when no thread will write to them again. */
+void uart16550_disconnect(struct uart16550 *uart);
 
 uint8_t uart16550_read(struct uart16550 *uart, uint32_t offset);
 void uart16550_write(struct uart16550 *uart, uint32_t offset, uint8_t value);

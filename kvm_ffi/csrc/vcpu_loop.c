@@ -13,6 +13,9 @@
 /* Not an exit kind: C has served it, the vCPU goes on. */
 enum { SERVED = EXIT_KINDS };
 
+/* In place of a thread id, for good: vcpu_run() finds the vCPU taken. */
+enum { CLOSED = -1 };
+
 int vcpu_init(struct vcpu *vcpu, int fd, size_t run_size)
 {
 	void *run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -28,7 +31,9 @@ int vcpu_init(struct vcpu *vcpu, int fd, size_t run_size)
 
 int vcpu_deinit(struct vcpu *vcpu)
 {
-	if (__atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST))
+	int nobody = 0;
+
+	if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, CLOSED, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
 		return -EBUSY;
 	munmap(vcpu->run, vcpu->run_size);
 	vcpu->run = NULL;
@@ -215,7 +220,7 @@ void vcpu_kick(struct vcpu *vcpu)
 
 	__atomic_store_n(&vcpu->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
 	tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
-	if (tid)
+	if (tid > 0)
 		/* The thread may be gone by now, which is as good as having left vcpu_run(). */
 		(void)tgkill(getpid(), tid, SIGRTMIN);
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from daemon.images.bzimage import read_setup_header, unpack
 from daemon.images.errors import Cancelled, KernelFormatError
-from tests.unit.daemon.images.kernels import (
+from tests.support.kernels import (
     PACKERS,
     bzimage,
     elf,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from daemon.images.elf import ElfKernel, Segment, find_banner, parse_elf
 from daemon.images.errors import KernelFormatError
-from tests.unit.daemon.images.kernels import (
+from tests.support.kernels import (
     BANNER,
     CODE,
     CODE_AT,

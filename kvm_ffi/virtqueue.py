@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .types import Gpa
 
 MAX_QUEUE_SIZE: Final = lib.VIRTQUEUE_MAX_SIZE
-VIRTIO_F_INDIRECT_DESC: Final = 1 << lib.VIRTIO_RING_F_INDIRECT_DESC
-VIRTIO_F_EVENT_IDX: Final = 1 << lib.VIRTIO_RING_F_EVENT_IDX
+VIRTIO_F_INDIRECT_DESC: Final[int] = 1 << lib.VIRTIO_RING_F_INDIRECT_DESC
+VIRTIO_F_EVENT_IDX: Final[int] = 1 << lib.VIRTIO_RING_F_EVENT_IDX
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ met or not, and nothing fails because of it.
 from __future__ import annotations
 
 import argparse
+import enum
 import json
 import os
 import platform
@@ -20,6 +21,14 @@ from typing import Any, Final
 
 Measure = Callable[[], float]
 COLUMNS: Final = ("case", "unit", "ours", "peer", "peer_name", "ratio", "goal", "met")
+
+
+class Goal(enum.Enum):
+    """What a limit is a limit of."""
+
+    AT_MOST = "<="
+    AT_LEAST = ">="
+    RATIO_AT_MOST = "ratio <="
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +58,27 @@ def row(
     unit: str,
     ours: float,
     peer: tuple[str, float] | None = None,
-    *,
-    at_most: float | None = None,
-    at_least: float | None = None,
-    ratio_at_most: float | None = None,
+    goal: tuple[Goal, float] | None = None,
 ) -> Row:
-    """Build a row and judge its goal; at most one of the three goals is given."""
+    """Build a row and judge its goal.
+
+    Args:
+        case: what was measured.
+        unit: of ``ours`` and of the peer's value.
+        ours: our median.
+        peer: (name, median) of the same run.
+        goal: what is to hold, and its limit.
+    """
     name, value = peer if peer is not None else (None, None)
     ratio = ours / value if value else None
-    goal: str | None = None
-    met: bool | None = None
-    if at_most is not None:
-        goal, met = f"<= {at_most:g} {unit}", ours <= at_most
-    elif at_least is not None:
-        goal, met = f">= {at_least:g} {unit}", ours >= at_least
-    elif ratio_at_most is not None and ratio is not None:
-        goal, met = f"ratio <= {ratio_at_most:.2f}", ratio <= ratio_at_most
-    return Row(case, unit, ours, value, name, ratio, goal, met)
+    if goal is None:
+        return Row(case, unit, ours, value, name, ratio)
+    kind, limit = goal
+    if kind is Goal.RATIO_AT_MOST:
+        met = None if ratio is None else ratio <= limit
+        return Row(case, unit, ours, value, name, ratio, f"ratio <= {limit:.2f}", met)
+    met = ours <= limit if kind is Goal.AT_MOST else ours >= limit
+    return Row(case, unit, ours, value, name, ratio, f"{kind.value} {limit:g} {unit}", met)
 
 
 def interleave(cases: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:

@@ -60,6 +60,13 @@ class EventLoop:
             if self._sources.pop(eventfd.fd, None) is not None:
                 self._epoll.unregister(eventfd.fd)
 
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when dispatch() has something to do.
+
+        For a caller that has a loop of its own and no need of start().
+        """
+        return self._epoll.fileno()
+
     def start(self) -> None:
         """Start the thread.
 

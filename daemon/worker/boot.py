@@ -4,7 +4,7 @@
 
 Two ways in. linux64: the 64-bit entry of Linux, with a zero page, a GDT and identity page tables.
 pvh: the 32-bit entry of the Xen PVH note, with a start_info and no paging. Either is entered with
-what load() returns; nothing here touches a vCPU.
+what load() returns, by enter().
 
 check_fit() holds every rule that depends on sizes alone, so hosteld can refuse a VM before it has a
 worker; load() goes by the same function.
@@ -23,13 +23,8 @@ from daemon.images.errors import FitError, KernelFormatError
 from daemon.images.extents import data_extents
 from daemon.images.setup_header import SetupHeader
 from daemon.worker.boot_params import (
-    BOOT_CS,
-    BOOT_DS,
-    BOOT_TSS,
     DEFAULT_INITRD_ADDR_MAX,
-    GDT,
     PAGE_TABLES,
-    PVH_CS,
     start_info,
     zero_page,
 )
@@ -46,6 +41,8 @@ from daemon.worker.layout import (
     ZERO_PAGE_GPA,
 )
 from kvm_ffi.types import Gpa
+from kvm_ffi.vcpu import Vcpu
+from kvm_ffi.x86_64 import LINUX64_GDT, linux64_boot, pvh_boot
 
 
 class BootMemory(Protocol):
@@ -86,23 +83,14 @@ class BootState:
     """How the boot vCPU is to be entered.
 
     Attributes:
-        entry: "linux64" (long mode, paging on) or "pvh" (32-bit protected mode, paging off).
-        entry_gpa: RIP.
-        boot_info_gpa: RSI (linux64: the zero page) or RBX (pvh: the start_info).
-        page_tables_gpa: CR3; 0 without paging.
-        gdt_gpa, gdt_limit: GDTR.
-        code_selector, data_selector, tss_selector: descriptors in that GDT, all flat.
+        entry: "linux64" or "pvh".
+        entry_gpa: of the first instruction.
+        boot_info_gpa: of the zero page (linux64) or the start_info (pvh).
     """
 
     entry: str
     entry_gpa: Gpa
     boot_info_gpa: Gpa
-    page_tables_gpa: int
-    gdt_gpa: Gpa
-    gdt_limit: int
-    code_selector: int
-    data_selector: int
-    tss_selector: int
 
 
 def check_fit(
@@ -182,38 +170,43 @@ def load(memory: BootMemory, source: BootSource, *, rsdp_gpa: int = ACPI_GPA) ->
     if source.initrd_fd is not None and initrd_bytes:
         memory.load_fd(Gpa(initrd_gpa), source.initrd_fd, 0, initrd_bytes)
     memory.write(Gpa(CMDLINE_GPA), source.cmdline.encode("ascii") + b"\x00")
-    memory.write(Gpa(GDT_GPA), GDT)
     initrd = (initrd_gpa, initrd_bytes)
     if source.entry == "linux64":
+        memory.write(Gpa(GDT_GPA), LINUX64_GDT)
         memory.write(Gpa(PAGE_TABLES_GPA), PAGE_TABLES)
         page = zero_page(memory.size_bytes, initrd, source.setup_header, rsdp_gpa)
         memory.write(Gpa(ZERO_PAGE_GPA), page)
-        return _state(source.entry, entry_gpa, ZERO_PAGE_GPA, PAGE_TABLES_GPA, BOOT_CS)
+        return BootState(source.entry, Gpa(entry_gpa), Gpa(ZERO_PAGE_GPA))
     info = start_info(memory.size_bytes, initrd, rsdp_gpa)
     memory.write(Gpa(PVH_START_INFO_GPA), info)
-    return _state(source.entry, entry_gpa, PVH_START_INFO_GPA, 0, PVH_CS)
+    return BootState(source.entry, Gpa(entry_gpa), Gpa(PVH_START_INFO_GPA))
+
+
+def enter(vcpu: Vcpu, state: BootState) -> None:
+    """Set the boot vCPU's registers so that its first instruction is the kernel's.
+
+    Raises:
+        KvmError: KVM refused them.
+    """
+    sregs = vcpu.get_sregs()
+    if state.entry == "linux64":
+        regs = linux64_boot(
+            sregs,
+            state.entry_gpa,
+            zero_page_gpa=state.boot_info_gpa,
+            page_table_gpa=PAGE_TABLES_GPA,
+            gdt_gpa=GDT_GPA,
+        )
+    else:
+        regs = pvh_boot(sregs, state.entry_gpa, state.boot_info_gpa)
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(regs)
 
 
 def _load_segment(memory: BootMemory, fd: int, segment: Segment) -> None:
     start = segment.file_offset
     for data, end in data_extents(fd, start, start + segment.file_bytes):
         memory.load_fd(Gpa(segment.gpa + data - start), fd, data, end - data)
-
-
-def _state(
-    entry: str, entry_gpa: int, boot_info_gpa: int, page_tables_gpa: int, code_selector: int
-) -> BootState:
-    return BootState(
-        entry=entry,
-        entry_gpa=Gpa(entry_gpa),
-        boot_info_gpa=Gpa(boot_info_gpa),
-        page_tables_gpa=page_tables_gpa,
-        gdt_gpa=Gpa(GDT_GPA),
-        gdt_limit=len(GDT) - 1,
-        code_selector=code_selector,
-        data_selector=BOOT_DS,
-        tss_selector=BOOT_TSS,
-    )
 
 
 def _check_cmdline(cmdline: str, header: SetupHeader | None) -> None:

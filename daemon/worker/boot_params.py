@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""The bytes that a kernel finds in RAM when it is entered: GDT, page tables, zero page, start_info.
+"""The bytes that a kernel finds in RAM when it is entered: page tables, zero page, start_info.
 
 Source: Linux Documentation/arch/x86/boot.rst and zero-page.rst, <asm/bootparam.h>;
-xen/include/public/arch-x86/hvm/start_info.h; Intel SDM volume 3, 3.4.5 and 4.5.
+xen/include/public/arch-x86/hvm/start_info.h; Intel SDM volume 3, 4.5.
 """
 
 from __future__ import annotations
@@ -43,23 +43,6 @@ from daemon.worker.layout import (
     PAGE_TABLES_GPA,
     PVH_START_INFO_GPA,
     ram_regions,
-)
-
-# Selectors into GDT. boot.rst asks for a flat __BOOT_CS 0x10 and __BOOT_DS 0x18; a vCPU on VT-x
-# needs a busy TSS besides, and PVH a 32-bit code segment.
-BOOT_CS: Final = 0x10
-BOOT_DS: Final = 0x18
-BOOT_TSS: Final = 0x20
-PVH_CS: Final = 0x30
-GDT: Final = struct.pack(
-    "<7Q",
-    0,
-    0,
-    0x00AF_9B00_0000_FFFF,  # 64-bit code, accessed
-    0x00CF_9300_0000_FFFF,  # data, accessed
-    0x0000_8B00_0000_0067,  # busy TSS at 0, two slots long in 64-bit mode
-    0,
-    0x00CF_9B00_0000_FFFF,  # 32-bit code, accessed
 )
 
 _PRESENT_WRITABLE: Final = 0x3

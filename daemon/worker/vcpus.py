@@ -25,8 +25,12 @@ PARK_TIMEOUT_S: Final = 30.0
 EXIT_DEFECT: Final = -1
 
 
-class PciConfigWriter(Protocol):
+class PciConfig(Protocol):
     """The part of devices.pci.host.PciHost that vCPU exits reach."""
+
+    def config_read(self, address: int, length: int) -> int:
+        """Return a register that C does not serve itself."""
+        ...
 
     def config_write(self, address: int, length: int, value: int) -> None:
         """Take a guest's write to PCI configuration space."""
@@ -54,7 +58,7 @@ class VcpuThreads:
         vcpus: Sequence[Vcpu],
         pio: Bus,
         mmio: Bus,
-        pci: PciConfigWriter,
+        pci: PciConfig,
         on_fatal: Callable[[Vcpu, int], None],
     ) -> None:
         self._vcpus = tuple(vcpus)
@@ -162,5 +166,7 @@ class VcpuThreads:
                 exit_.value = mmio.read(exit_.addr, exit_.len)
             elif kind == exits.EXIT_PCI_CONFIG_WRITE:
                 pci.config_write(exit_.addr, exit_.len, exit_.value)
+            elif kind == exits.EXIT_PCI_CONFIG_READ:
+                exit_.value = pci.config_read(exit_.addr, exit_.len)
             else:
                 return kind

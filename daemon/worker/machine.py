@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The machine of one VM: from a spec and open descriptors to running vCPUs, and back to nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from devices.acpi.config import AcpiConfig, AddressWindow
+from devices.acpi.power import GenericEventDevice, PowerControl
+from devices.acpi.tables import build_tables
+from devices.bus import Bus
+from devices.event_loop import EventLoop
+from devices.legacy.boot_timer import BootTimer
+from devices.legacy.cmos_rtc import CmosRtc
+from devices.legacy.i8042 import I8042
+from devices.legacy.pvpanic import PanicEvent, Pvpanic
+from devices.pci.host import PciHost
+from devices.platform import IrqLine
+from devices.virtio.blk import VirtioBlk
+from devices.virtio.device import VirtioDevice
+from devices.virtio.net import VirtioNet
+from devices.virtio.pci import VirtioPci
+from devices.virtio.rng import VirtioRng
+from kvm_ffi import exits, x86_64
+from kvm_ffi.blk_engine import SERIAL_BYTES
+from kvm_ffi.errors import KvmError
+from kvm_ffi.exits import ExitTable
+from kvm_ffi.irq_routing import IrqRouter
+from kvm_ffi.memory import GuestMemory
+from kvm_ffi.system import Kvm
+from kvm_ffi.types import Gpa
+from kvm_ffi.uart import Uart
+from kvm_ffi.vcpu import Vcpu
+
+from .. import protocol
+from ..errors import WorkerError
+from ..protocol import MachineSpec
+from . import boot, layout
+from .vcpus import EXIT_DEFECT, VcpuThreads
+
+_generations = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineEvent:
+    """Something that the guest did, or that happened to it.
+
+    Attributes:
+        generation: of the Machine it comes from; a reset makes a new one.
+        code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
+            "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error".
+        at_ns: CLOCK_MONOTONIC.
+    """
+
+    generation: int
+    code: str
+    message: str
+    detail: dict[str, Any] = field(default_factory=dict)
+    at_ns: int = field(default_factory=time.monotonic_ns)
+
+
+class MachineFds:
+    """The descriptors that a launch brought; they outlive a reset of the machine."""
+
+    def __init__(self, fds: tuple[int, ...]) -> None:
+        self._fds = fds
+
+    def __getitem__(self, index: int) -> int:
+        """Return a descriptor by the index that a spec names.
+
+        Raises:
+            ProtocolError: the spec names one that the message did not bring.
+        """
+        if not 0 <= index < len(self._fds):
+            raise protocol.ProtocolError(f"the spec names descriptor {index} of {len(self._fds)}")
+        return self._fds[index]
+
+    def close(self) -> None:
+        """Close them all."""
+        protocol.close_all(self._fds)
+        self._fds = ()
+
+
+class Machine:
+    """A built machine: KVM VM, memory, devices and parked vCPU threads.
+
+    Built in one go and taken down in one go; a reset builds another one from the same spec.
+
+    Args:
+        post: told of every MachineEvent, on any thread.
+
+    Raises:
+        KvmError, OSError, BootError: it cannot be built; nothing is left behind.
+
+    Threads: the worker's main thread.
+    """
+
+    def __init__(
+        self, spec: MachineSpec, fds: MachineFds, post: Callable[[MachineEvent], None]
+    ) -> None:
+        self.generation = next(_generations)
+        self._post = post
+        self._virtio: dict[str, VirtioDevice] = {}
+        with contextlib.ExitStack() as stack:
+            self._build(spec, fds, stack)
+            self._stack = stack.pop_all()
+
+    def _build(self, spec: MachineSpec, fds: MachineFds, stack: contextlib.ExitStack) -> None:
+        kvm = Kvm(os.dup(fds[spec.kvm_fd]))
+        stack.callback(kvm.close)
+        self._vm = vm = kvm.create_vm()
+        stack.callback(vm.close)
+        self._memory = memory = GuestMemory(
+            [(Gpa(gpa), size) for gpa, size in layout.ram_regions(spec.memory_bytes)]
+        )
+        stack.callback(memory.close)
+        # All memslots before the irqchip and the first vCPU: after either, each costs an SRCU
+        # grace period of some milliseconds.
+        vm.add_guest_memory(memory)
+        vm.set_tss_address(Gpa(layout.TSS_GPA))
+        vm.set_identity_map_address(Gpa(layout.IDENTITY_MAP_GPA))
+        vm.create_irqchip()
+        self._table = ExitTable()
+        self._pio = Bus("pio", self._table.claim_pio, self._table.unclaim_pio)
+        self._mmio = Bus("mmio", self._table.claim_mmio, self._table.unclaim_mmio)
+        self.event_loop = EventLoop()
+        stack.callback(self.event_loop.close)
+        self._add_legacy(stack)
+        acpi = self._acpi_config(spec)
+        self._add_pci(spec, fds, acpi, stack)
+        for gpa, blob in build_tables(acpi).blobs:
+            memory.write(Gpa(gpa), blob)
+        boot_state = boot.load(memory, _boot_source(spec, fds))
+        vcpus = self._create_vcpus(kvm, spec, boot_state, stack)
+        self._vcpus = VcpuThreads(vcpus, self._pio, self._mmio, self._pci, self._on_fatal)
+        stack.callback(self._vcpus.end)
+        self._vcpus.start()
+
+    def _add_legacy(self, stack: contextlib.ExitStack) -> None:
+        vm, pio = self._vm, self._pio
+        com1_irq = IrqLine(vm, layout.COM1_GSI)
+        stack.callback(com1_irq.close)
+        self.uart = Uart(com1_irq.eventfd)
+        stack.callback(self.uart.close)
+        self._table.attach_uart(self.uart, layout.COM1_PORT)
+        keyboard_irq = IrqLine(vm, layout.I8042_GSI)
+        stack.callback(keyboard_irq.close)
+        self._keyboard = I8042(keyboard_irq, self._on_guest_reboot)
+        self._keyboard.attach(pio)
+        ged_irq = IrqLine(vm, layout.GED_GSI)
+        stack.callback(ged_irq.close)
+        self._ged = GenericEventDevice(ged_irq)
+        self._ged.attach(pio)
+        PowerControl(self._on_guest_poweroff, self._on_guest_reboot).attach(pio)
+        CmosRtc().attach(pio)
+        Pvpanic(self._on_guest_panic).attach(pio)
+        BootTimer(self._on_boot_timer).attach(pio)
+
+    def _acpi_config(self, spec: MachineSpec) -> AcpiConfig:
+        return AcpiConfig(
+            n_vcpus=spec.vcpus,
+            ecam=AddressWindow(layout.ECAM_GPA, layout.ECAM_BYTES),
+            pci_window_32=AddressWindow(layout.PCI_MMIO32_START, layout.PCI_MMIO32_BYTES),
+            pci_window_64=AddressWindow(
+                layout.pci_mmio64_start(spec.memory_bytes), layout.PCI_MMIO64_BYTES
+            ),
+            rsdp_gpa=layout.ACPI_GPA,
+            tables_end=layout.ACPI_LIMIT,
+            lapic_gpa=layout.LAPIC_GPA,
+            ioapic_gpa=layout.IOAPIC_GPA,
+            com1_gsi=layout.COM1_GSI,
+            i8042_gsi=layout.I8042_GSI,
+            ged_gsi=layout.GED_GSI,
+        )
+
+    def _add_pci(
+        self,
+        spec: MachineSpec,
+        fds: MachineFds,
+        acpi: AcpiConfig,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._table.set_ecam(layout.ECAM_GPA, layout.ECAM_BYTES)
+        self._pci = PciHost(self._table, self._mmio, acpi.pci_window_32, acpi.pci_window_64)
+        router = IrqRouter(self._vm)
+        devices: list[tuple[str, VirtioDevice]] = []
+        for disk in spec.disks:
+            serial = f"{spec.vm_id[:8]}-{disk.id}".encode()[:SERIAL_BYTES]
+            blk = VirtioBlk(self._memory, fds[disk.fd], read_only=disk.read_only, serial=serial)
+            devices.append((disk.id, blk))
+        for nic in spec.nics:
+            mac = bytes.fromhex(nic.mac.replace(":", ""))
+            devices.append((nic.id, VirtioNet(self._memory, fds[nic.fd], mac=mac, mtu=nic.mtu)))
+        if spec.rng:
+            devices.append(("rng", VirtioRng(self.event_loop)))
+        for device_id, device in devices:
+            transport = VirtioPci(device, self._memory, self._vm, router, self.event_loop)
+            stack.callback(transport.close)
+            self._pci.attach(transport.function)
+            self._virtio[device_id] = device
+
+    def _create_vcpus(
+        self, kvm: Kvm, spec: MachineSpec, state: boot.BootState, stack: contextlib.ExitStack
+    ) -> list[Vcpu]:
+        supported = kvm.supported_cpuid()
+        vcpus = []
+        for index in range(spec.vcpus):
+            vcpu = self._vm.create_vcpu(index, self._table)
+            stack.callback(vcpu.close)
+            vcpu.set_cpuid(
+                x86_64.vcpu_cpuid(supported, index, spec.vcpus, kvm.capabilities)
+            )
+            vcpu.set_msrs(x86_64.boot_msrs())
+            vcpus.append(vcpu)
+        _enter(vcpus[0], state)
+        return vcpus
+
+    # --- life
+
+    def start(self) -> None:
+        """Let the guest run for the first time."""
+        self._vcpus.run()
+
+    def pause(self) -> None:
+        """Park the vCPUs, then have every device finish what is in flight.
+
+        Raises:
+            TimeoutError: a vCPU or a device is stuck; the guest runs on.
+        """
+        try:
+            self._vcpus.park()
+            for device in self._virtio.values():
+                device.quiesce()
+        except TimeoutError:
+            self.resume()
+            raise
+
+    def resume(self) -> None:
+        """Let devices and vCPUs go on."""
+        for device in self._virtio.values():
+            device.resume()
+        self._vcpus.run()
+
+    def stop(self) -> None:
+        """Park the vCPUs for good; the console's last output can still be read."""
+        with contextlib.suppress(TimeoutError):
+            # close() waits for the threads without a deadline of its own: a vCPU that is stuck in
+            # a device now is told again there, and hosteld's deadline ends the process.
+            self._vcpus.park()
+
+    def close(self) -> None:
+        """Take everything down, in the reverse order of its building."""
+        self._stack.close()
+
+    def press_power_button(self) -> None:
+        """Tell the guest's ACPI that the power button was pressed."""
+        self._ged.power_button()
+
+    def press_ctrl_alt_del(self) -> bool:
+        """Type Ctrl-Alt-Del; False when the guest has its keyboard disabled."""
+        return self._keyboard.ctrl_alt_del()
+
+    def refresh_disk(self, disk_id: str) -> int:
+        """Look at a disk's size anew and tell the guest; returns it in bytes.
+
+        Raises:
+            WorkerError: the VM has no such disk.
+        """
+        device = self._virtio.get(disk_id)
+        if not isinstance(device, VirtioBlk):
+            raise WorkerError("no_such_disk", f"the VM has no disk {disk_id!r}")
+        return device.refresh_size()
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters as api/models/vms.py's VmStats has them."""
+        of = {VirtioBlk: "disks", VirtioNet: "nics"}
+        stats: dict[str, Any] = {"vcpu_exits": self._table.counters(), "disks": {}, "nics": {}}
+        for device_id, device in self._virtio.items():
+            if kind := of.get(type(device)):
+                stats[kind][device_id] = device.stats()
+        stats["console_dropped_bytes"] = self.uart.dropped_bytes
+        return stats
+
+    # --- what the guest does; called on vCPU threads
+
+    def _report(self, code: str, message: str, detail: dict[str, Any] | None = None) -> None:
+        self._post(MachineEvent(self.generation, code, message, detail or {}))
+
+    def _on_boot_timer(self, _at_ns: int) -> None:
+        self._report("boot_timer", "the guest wrote its boot timer")
+
+    def _on_guest_poweroff(self) -> None:
+        self._vcpus.request_park()
+        self._report("guest_poweroff", "the guest powered itself off")
+
+    def _on_guest_reboot(self) -> None:
+        self._vcpus.request_park()
+        self._report("guest_reboot", "the guest reset itself")
+
+    def _on_guest_panic(self, event: PanicEvent) -> None:
+        self._report("guest_panic", f"the guest reported a panic: {event.name}")
+
+    def _on_fatal(self, vcpu: Vcpu, kind: int) -> None:
+        code, message = _FATAL.get(kind, ("kvm_error", f"the vCPU stopped with exit {kind}"))
+        exit_ = vcpu.exit
+        detail: dict[str, Any] = {"vcpu": vcpu.index}
+        with contextlib.suppress(KvmError):
+            detail["rip"] = f"{vcpu.get_regs().rip:#x}"
+        if kind == exits.EXIT_INTERNAL_ERROR:
+            detail["suberror"] = exit_.suberror
+            detail["instruction"] = vcpu.instruction_bytes().hex()
+        elif kind != EXIT_DEFECT:
+            detail["reason"] = exit_.suberror
+            detail["hardware_reason"] = f"{exit_.data[0]:#x}" if exit_.ndata else ""
+        self._report(code, f"vcpu {vcpu.index}: {message}", detail)
+
+
+_FATAL: Final = {
+    exits.EXIT_SHUTDOWN: ("triple_fault", "triple fault"),
+    exits.EXIT_INTERNAL_ERROR: ("kvm_internal_error", "KVM cannot emulate an instruction"),
+    exits.EXIT_FAIL_ENTRY: ("kvm_fail_entry", "the processor refused to enter the guest"),
+    exits.EXIT_HLT: ("guest_halted", "halted without interrupts"),
+    EXIT_DEFECT: ("worker_defect", "its thread failed; the worker's log has the trace"),
+}
+
+
+def _enter(vcpu: Vcpu, state: boot.BootState) -> None:
+    """Point the boot vCPU at the kernel; the others wait for the INIT that it sends them."""
+    sregs = vcpu.get_sregs()
+    if state.entry == "linux64":
+        regs = x86_64.linux64_boot(
+            sregs,
+            state.entry_gpa,
+            zero_page_gpa=state.boot_info_gpa,
+            page_table_gpa=state.page_tables_gpa,
+            gdt_gpa=state.gdt_gpa,
+        )
+    else:
+        regs = x86_64.pvh_boot(sregs, state.entry_gpa, state.boot_info_gpa)
+    vcpu.set_sregs(sregs)
+    vcpu.set_regs(regs)
+
+
+def _boot_source(spec: MachineSpec, fds: MachineFds) -> boot.BootSource:
+    return boot.BootSource(
+        kernel_fd=fds[spec.kernel_fd],
+        entry=spec.entry,
+        cmdline=spec.cmdline,
+        initrd_fd=None if spec.initrd_fd is None else fds[spec.initrd_fd],
+        setup_header=bytes.fromhex(spec.setup_header),
+    )

@@ -19,9 +19,11 @@ from daemon.images.bzimage import read_setup_header
 from daemon.images.elf import ElfKernel, Segment
 from daemon.images.errors import FitError, KernelFormatError
 from daemon.worker import boot_params, layout
-from daemon.worker.boot import BootSource, BootState, check_fit, load
+from daemon.worker.boot import BootSource, BootState, check_fit, enter, load
 from kvm_ffi.memory import GuestMemory
 from kvm_ffi.types import Gpa
+from kvm_ffi.x86_64 import LINUX64_GDT
+from kvm_ffi.x86_state import Regs, Sregs
 from tests.support.kernels import (
     CODE,
     ENTRY,
@@ -56,6 +58,23 @@ def kernel_fd() -> Iterator[int]:
 def initrd_fd() -> Iterator[int]:
     with open_bytes(INITRD) as fd:
         yield fd
+
+
+class FakeVcpu:
+    """Takes registers as a Vcpu does."""
+
+    def __init__(self) -> None:
+        self.sregs = Sregs()
+        self.regs = Regs()
+
+    def get_sregs(self) -> Sregs:
+        return self.sregs
+
+    def set_sregs(self, sregs: Sregs) -> None:
+        self.sregs = sregs
+
+    def set_regs(self, regs: Regs) -> None:
+        self.regs = regs
 
 
 def raw_header() -> bytes:
@@ -100,8 +119,11 @@ def test_linux64_is_entered_in_long_mode_with_the_zero_page(
 ) -> None:
     state = boot_it(memory, kernel_fd, "linux64")
     assert (state.entry_gpa, state.boot_info_gpa) == (ENTRY, layout.ZERO_PAGE_GPA)
-    assert state.page_tables_gpa == layout.PAGE_TABLES_GPA
-    assert (state.code_selector, state.data_selector) == (0x10, 0x18)
+    vcpu = FakeVcpu()
+    enter(vcpu, state)  # type: ignore[arg-type]  # a fake
+    assert (vcpu.regs.rip, vcpu.regs.rsi) == (ENTRY, layout.ZERO_PAGE_GPA)
+    assert (vcpu.sregs.cr3, vcpu.sregs.gdt.base) == (layout.PAGE_TABLES_GPA, layout.GDT_GPA)
+    assert memory.read(Gpa(layout.GDT_GPA), 32) == LINUX64_GDT
 
 
 def test_pvh_is_entered_without_paging_with_the_start_info(
@@ -109,28 +131,18 @@ def test_pvh_is_entered_without_paging_with_the_start_info(
 ) -> None:
     state = boot_it(memory, kernel_fd, "pvh")
     assert (state.entry_gpa, state.boot_info_gpa) == (ENTRY + 16, layout.PVH_START_INFO_GPA)
-    assert state.page_tables_gpa == 0
-    assert state.code_selector == 0x30
-
-
-def test_the_gdt_has_flat_code_data_and_a_busy_tss(memory: GuestMemory, kernel_fd: int) -> None:
-    state = boot_it(memory, kernel_fd, "linux64")
-    gdt = memory.read(state.gdt_gpa, state.gdt_limit + 1)
-    kinds = [
-        gdt[selector + 5]
-        for selector in (boot_params.BOOT_CS, boot_params.BOOT_DS, boot_params.BOOT_TSS)
-    ]
-    assert kinds == [0x9B, 0x93, 0x8B]
-    assert gdt[boot_params.BOOT_CS + 6] & 0x20  # L: 64-bit code
-    assert gdt[boot_params.PVH_CS + 6] & 0x40  # D: 32-bit code
+    vcpu = FakeVcpu()
+    enter(vcpu, state)  # type: ignore[arg-type]  # a fake
+    assert (vcpu.regs.rip, vcpu.regs.rbx) == (ENTRY + 16, layout.PVH_START_INFO_GPA)
+    assert vcpu.sregs.cr0 & 1 << 31 == 0
 
 
 @pytest.mark.parametrize("address", [0, layout.ZERO_PAGE_GPA, ENTRY, 3 << 30, (4 << 30) - 1])
 def test_the_page_tables_map_four_gib_to_itself(
     memory: GuestMemory, kernel_fd: int, address: int
 ) -> None:
-    state = boot_it(memory, kernel_fd, "linux64")
-    table = state.page_tables_gpa
+    boot_it(memory, kernel_fd, "linux64")
+    table = layout.PAGE_TABLES_GPA
     for shift in (39, 30):
         entry = u32(memory, table + (address >> shift & 511) * 8)
         assert entry & 3 == 3

@@ -2,14 +2,19 @@
 # Copyright the Hostel authors
 """What an API call can fail with; each one becomes an RFC 9457 problem.
 
-ApiError             .status .code .detail .field
+ApiError             .status .code .detail .field .errors
  +- BadRequest 400   the request itself is wrong
  +- Unauthorized 401 no or wrong credentials
+ +- Forbidden 403    these credentials, or this Host header, may not
  +- NotFound 404     no such object
+ +- MethodNotAllowed 405     the path is right, the method is not (.allowed)
+ +- RequestTimeout 408       the client stopped sending
  +- Conflict 409     wrong state (.state, .allowed), name taken, in use
  +- PreconditionFailed 412   If-Match named another version
  +- TooLarge 413     the body passes the limit
+ +- UnsupportedMedia 415     the body is not what the path takes
  +- Invalid 422      a value is out of range, or names something that is not there
+ +- UpgradeRequired 426      the path is a WebSocket
  +- Internal 500     a defect of the daemon; the log has the trace
  +- HostFailure 502  the host or a worker could not do it
  +- Busy 503         try again
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .models.common import Problem
+from .models.common import FieldError, Problem
 
 
 class ApiError(Exception):
@@ -37,6 +42,7 @@ class ApiError(Exception):
         field: str | None = None,
         state: str | None = None,
         allowed: Sequence[str] | None = None,
+        errors: Sequence[FieldError] | None = None,
     ) -> None:
         super().__init__(detail)
         self.code = code
@@ -44,9 +50,10 @@ class ApiError(Exception):
         self.field = field
         self.state = state
         self.allowed = None if allowed is None else list(allowed)
+        self.errors = None if errors is None else list(errors)
 
-    def problem(self) -> Problem:
-        """Return the body that a client gets."""
+    def problem(self, instance: str | None = None) -> Problem:
+        """Return the body that a client gets; ``instance`` names the request."""
         return Problem(
             title=self.title,
             status=self.status,
@@ -55,6 +62,8 @@ class ApiError(Exception):
             field=self.field,
             state=self.state,
             allowed=self.allowed,
+            errors=self.errors,
+            instance=instance,
         )
 
 
@@ -70,10 +79,28 @@ class Unauthorized(ApiError):
     status, title = 401, "Unauthorized"
 
 
+class Forbidden(ApiError):
+    """403."""
+
+    status, title = 403, "Forbidden"
+
+
 class NotFound(ApiError):
     """404."""
 
     status, title = 404, "Not found"
+
+
+class MethodNotAllowed(ApiError):
+    """405."""
+
+    status, title = 405, "Method not allowed"
+
+
+class RequestTimeout(ApiError):
+    """408."""
+
+    status, title = 408, "Request timeout"
 
 
 class Conflict(ApiError):
@@ -94,10 +121,22 @@ class TooLarge(ApiError):
     status, title = 413, "Content too large"
 
 
+class UnsupportedMedia(ApiError):
+    """415."""
+
+    status, title = 415, "Unsupported media type"
+
+
 class Invalid(ApiError):
     """422."""
 
     status, title = 422, "Invalid value"
+
+
+class UpgradeRequired(ApiError):
+    """426."""
+
+    status, title = 426, "Upgrade required"
 
 
 class Internal(ApiError):
@@ -122,3 +161,40 @@ class NoSpace(ApiError):
     """507."""
 
     status, title = 507, "Insufficient storage"
+
+
+_BY_STATUS: dict[int, type[ApiError]] = {
+    kind.status: kind
+    for kind in (
+        BadRequest,
+        Unauthorized,
+        Forbidden,
+        NotFound,
+        MethodNotAllowed,
+        RequestTimeout,
+        Conflict,
+        PreconditionFailed,
+        TooLarge,
+        UnsupportedMedia,
+        Invalid,
+        UpgradeRequired,
+        Internal,
+        HostFailure,
+        Busy,
+        NoSpace,
+    )
+}
+
+
+def error_from_problem(problem: Problem) -> ApiError:
+    """Return the error that a problem body stands for, as a client raises it."""
+    error = _BY_STATUS.get(problem.status, ApiError)(
+        problem.code,
+        problem.detail,
+        field=problem.field,
+        state=problem.state,
+        allowed=problem.allowed,
+        errors=problem.errors,
+    )
+    error.status, error.title = problem.status, problem.title
+    return error

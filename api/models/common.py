@@ -37,7 +37,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 class Request(BaseModel):
     """Base of every request body: an unknown field is an error, and no type is guessed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Response(BaseModel):
@@ -55,6 +55,15 @@ class Page(Response, Generic[T]):
     )
 
 
+class FieldError(Response):
+    """One wrong value of a request."""
+
+    field: str | None = Field(
+        default=None, description="Path of the field; left out: the body as a whole."
+    )
+    detail: str
+
+
 class Problem(Response):
     """RFC 9457 problem details: what was wrong, where, and what to do."""
 
@@ -69,6 +78,14 @@ class Problem(Response):
     state: str | None = Field(default=None, description="On 409: the object's state now.")
     allowed: list[str] | None = Field(
         default=None, description="On 409: the actions or states that are allowed now."
+    )
+    errors: list[FieldError] | None = Field(
+        default=None, description="On 422: every wrong value; the first is in `detail` too."
+    )
+    instance: str | None = Field(
+        default=None,
+        description="Names this request in the daemon's log.",
+        examples=["urn:hostel:request:0f3a9c5e7b2d4186"],
     )
 
 

@@ -126,3 +126,15 @@ class Host(Response):
     vm_running_count: int
     api_extensions: list[str]
     checks: list[Check]
+
+
+class ApiRoot(Response):
+    """Where to start."""
+
+    name: str = "Hostel"
+    version: str = Field(description="Of the daemon.", examples=["0.1.0"])
+    api_versions: list[str] = Field(examples=[["v1"]])
+    api_extensions: list[str] = Field(
+        description="What was added to v1 since its first release, oldest first."
+    )
+    links: dict[str, str] = Field(description="Path of each collection by its name.")

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Virtual machines and what is done to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Final
+
+from fastapi import Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..body import read_model, read_optional_model
+from ..models.resources import Operation
+from ..models.vms import DiskPatch, StopRequest, Vm, VmAction, VmCreate, VmPatch, VmStats
+from ..openapi import (
+    VmPage,
+    accepted,
+    bare,
+    if_match,
+    if_none_match,
+    problems,
+    success,
+    takes,
+)
+from ..reply import (
+    call_of,
+    etag_of,
+    has_if_match,
+    json_response,
+    matched_version,
+    object_response,
+    operation_response,
+    service_of,
+)
+from ..route import make_router
+from .parameters import DiskPath, VmPath, VmQuery, Wait
+
+router = make_router("vms", "/v1/vms")
+
+_CREATE_EXAMPLE: Final[dict[str, Any]] = {
+    "name": "web-1",
+    "vcpus": 2,
+    "memory_mib": 256,
+    "kernel": "debian",
+    "disks": [{"id": "root", "image": "debian"}],
+    "nics": [{"id": "net0"}],
+    "start": True,
+}
+_ACTION_SUMMARIES: Final[dict[VmAction, str]] = {
+    VmAction.START: "Start a stopped or crashed VM.",
+    VmAction.PAUSE: "Stop its vCPUs where they are.",
+    VmAction.RESUME: "Let a paused VM run on.",
+    VmAction.STOP: "Press the power button, wait, then kill if asked.",
+    VmAction.KILL: "Pull the plug.",
+    VmAction.RESET: "Press the reset button.",
+    VmAction.CTRL_ALT_DEL: "Press Ctrl-Alt-Del.",
+}
+
+
+def vm_response(request: Request, vm: Vm, status: int = 200) -> Response:
+    """Return one VM with its ETag."""
+    location = f"/v1/vms/{vm.id}" if status == 201 else None
+    return object_response(request, vm, tag=etag_of(vm), status=status, location=location)
+
+
+def _vm_or_operation(request: Request, outcome: Vm | Operation, status: int = 200) -> Response:
+    if isinstance(outcome, Operation):
+        return operation_response(outcome)
+    return vm_response(request, outcome, status)
+
+
+async def _precondition(request: Request, ref: str) -> tuple[str, int | None]:
+    """Return how to address the VM, and the version it must have if the client insists on one."""
+    if not has_if_match(request):
+        return ref, None
+    vm = await service_of(request).get_vm(ref)
+    return vm.id, matched_version(request, vm)
+
+
+@router.post(
+    "",
+    summary="Create a VM, and start it if asked.",
+    status_code=201,
+    responses={
+        **success(Vm, "It is there.", status=201, is_object=True, has_location=True),
+        **accepted(),
+        **problems(408, 409, 413, 415, 507),
+    },
+    openapi_extra=takes(VmCreate, _CREATE_EXAMPLE),
+)
+async def create_vm(request: Request, wait: Wait = 1.0) -> Response:
+    """The reply is the VM, or an operation when that takes longer than `wait` seconds."""
+    wanted = await read_model(request, VmCreate)
+    outcome = await service_of(request).create_vm(wanted, call_of(request, wait))
+    return _vm_or_operation(request, outcome, 201)
+
+
+@router.get(
+    "/{vm}",
+    summary="Show a VM.",
+    responses={
+        **success(Vm, "The VM.", is_object=True),
+        **bare(304, "It still has the version in If-None-Match."),
+        **problems(404),
+    },
+    openapi_extra=if_none_match(),
+)
+async def get_vm(request: Request, vm: VmPath) -> Response:
+    """A VM is addressed by its name or its id."""
+    return vm_response(request, await service_of(request).get_vm(vm))
+
+
+@router.get(
+    "",
+    summary="List VMs in order of name.",
+    responses={**success(VmPage, "One page."), **problems()},
+)
+async def list_vms(request: Request, query: VmQuery) -> Response:
+    """Filter by state and label; page with `limit` and `cursor`."""
+    return json_response(await service_of(request).list_vms(query))
+
+
+@router.patch(
+    "/{vm}",
+    summary="Change a VM.",
+    responses={
+        **success(Vm, "The changed VM.", is_object=True),
+        **problems(404, 408, 409, 412, 413, 415, 507),
+    },
+    openapi_extra=takes(VmPatch, {"labels": {"env": "test"}}, has_if_match=True),
+)
+async def patch_vm(request: Request, vm: VmPath, wait: Wait = 1.0) -> Response:
+    """What is left out stays. vCPUs, memory, kernel and cmdline need a stopped VM."""
+    patch = await read_model(request, VmPatch)
+    ref, version = await _precondition(request, vm)
+    changed = await service_of(request).patch_vm(ref, patch, call_of(request, wait, version))
+    return vm_response(request, changed)
+
+
+@router.delete(
+    "/{vm}",
+    summary="Delete a VM and its own disks.",
+    status_code=204,
+    responses={
+        **bare(204, "It is gone."),
+        **accepted(),
+        **problems(404, 409, 412, 507),
+    },
+    openapi_extra=if_match(),
+)
+async def delete_vm(
+    request: Request,
+    vm: VmPath,
+    force: Annotated[bool, Query(description="Kill it first if it runs.")] = False,
+    wait: Wait = 1.0,
+) -> Response:
+    """Disks made from an image go with it; a disk used by path stays."""
+    ref, version = await _precondition(request, vm)
+    outcome = await service_of(request).delete_vm(ref, force, call_of(request, wait, version))
+    return Response(status_code=204) if outcome is None else operation_response(outcome)
+
+
+@router.patch(
+    "/{vm}/disks/{disk}",
+    summary="Grow a disk.",
+    responses={
+        **success(Vm, "The VM with the grown disk.", is_object=True),
+        **problems(404, 408, 409, 412, 413, 415, 507),
+    },
+    openapi_extra=takes(DiskPatch, {"size_mib": 4096}, has_if_match=True),
+)
+async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 1.0) -> Response:
+    """A running guest is told of the new size."""
+    patch = await read_model(request, DiskPatch)
+    ref, version = await _precondition(request, vm)
+    call = call_of(request, wait, version)
+    return vm_response(request, await service_of(request).patch_disk(ref, disk, patch, call))
+
+
+@router.get(
+    "/{vm}/stats",
+    summary="Read a running VM's counters.",
+    responses={**success(VmStats, "Counters since its start."), **problems(404, 409)},
+)
+async def get_vm_stats(request: Request, vm: VmPath) -> Response:
+    """Rates are for the reader to make: take two and divide."""
+    return json_response(await service_of(request).vm_stats(vm))
+
+
+def _action_route(action: VmAction) -> Callable[..., Coroutine[Any, Any, Response]]:
+    async def act(request: Request, vm: VmPath, wait: Wait = 1.0) -> Response:
+        stop = None
+        if action is VmAction.STOP:
+            stop = await read_optional_model(request, StopRequest)
+        ref, version = await _precondition(request, vm)
+        call = call_of(request, wait, version)
+        outcome = await service_of(request).act_on_vm(ref, action, stop, call)
+        return _vm_or_operation(request, outcome)
+
+    act.__name__ = f"{action.name.lower()}_vm"
+    return act
+
+
+def _add_actions() -> None:
+    for action, summary in _ACTION_SUMMARIES.items():
+        is_stop = action is VmAction.STOP
+        extra = takes(StopRequest, {"timeout_s": 10}, is_required=False, has_if_match=True)
+        router.add_api_route(
+            f"/{{vm}}/{action.value}",
+            _action_route(action),
+            methods=["POST"],
+            summary=summary,
+            description="409 names the state the VM is in and the actions it allows.",
+            responses={
+                **success(Vm, "The VM as it is now.", is_object=True),
+                **accepted(),
+                **problems(404, 408, 409, 412, 413, 415, 507),
+            },
+            openapi_extra=extra if is_stop else if_match(),
+        )
+
+
+_add_actions()

@@ -214,12 +214,10 @@ class Machine:
         for index in range(spec.vcpus):
             vcpu = self._vm.create_vcpu(index, self._table)
             stack.callback(vcpu.close)
-            vcpu.set_cpuid(
-                x86_64.vcpu_cpuid(supported, index, spec.vcpus, kvm.capabilities)
-            )
+            vcpu.set_cpuid(x86_64.vcpu_cpuid(supported, index, spec.vcpus, kvm.capabilities))
             vcpu.set_msrs(x86_64.boot_msrs())
             vcpus.append(vcpu)
-        _enter(vcpus[0], state)
+        boot.enter(vcpus[0], state)
         return vcpus
 
     # --- life
@@ -329,23 +327,6 @@ _FATAL: Final = {
     exits.EXIT_HLT: ("guest_halted", "halted without interrupts"),
     EXIT_DEFECT: ("worker_defect", "its thread failed; the worker's log has the trace"),
 }
-
-
-def _enter(vcpu: Vcpu, state: boot.BootState) -> None:
-    """Point the boot vCPU at the kernel; the others wait for the INIT that it sends them."""
-    sregs = vcpu.get_sregs()
-    if state.entry == "linux64":
-        regs = x86_64.linux64_boot(
-            sregs,
-            state.entry_gpa,
-            zero_page_gpa=state.boot_info_gpa,
-            page_table_gpa=state.page_tables_gpa,
-            gdt_gpa=state.gdt_gpa,
-        )
-    else:
-        regs = x86_64.pvh_boot(sregs, state.entry_gpa, state.boot_info_gpa)
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(regs)
 
 
 def _boot_source(spec: MachineSpec, fds: MachineFds) -> boot.BootSource:

@@ -38,6 +38,7 @@ MAX_FRAME_BYTES: Final = 1 << 20
 CLONE_NEWNET: Final = 0x40000000
 GRACE_S: Final = 2.0  # between asking a process group to end and ending it
 OPEN_FILES: Final = 65536
+POLL_S: Final = 0.02
 
 
 def enter_private_network(card: str) -> int:
@@ -284,7 +285,9 @@ def main() -> None:
     return_to_network(home)
     for pair in relays:
         threading.Thread(target=relay, args=pair, daemon=True).start()
-    # Only now: commands inherit the environment that the caller sends, and nothing else.
+    # By main.sh, beside us: /dev/kvm and the like.
+    while not (DIRECTORY / "prepared").exists():
+        time.sleep(POLL_S)
     print("lab: ready", flush=True)
     Agent(config, listener).serve()
 

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lab import cpio, images, tools
+from lab import bzimage, cpio, images, tools
 from lab.debian import KernelTree, kernel_tree
 
 # What init.sh needs to reach the rest. All other modules are in an image of their own.
-EARLY_MODULES: Final = tuple(
-    [
-        "virtio_pci",
-        "virtio_blk",
-        "virtio_net",
-        "virtio_rng",
-        "9pnet_virtio",
-        "9p",
-        "overlay",
-        "squashfs",
-    ]
+EARLY_MODULES: Final = (
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "squashfs",
 )
 INIT: Final = Path(__file__).with_name("init.sh")
 
@@ -31,7 +29,7 @@ INIT: Final = Path(__file__).with_name("init.sh")
 class LabKernel:
     """What the emulated host boots from."""
 
-    vmlinuz: Path
+    image: Path  # an ELF, or the bzImage where that could not be unpacked
     initrd: Path
     modules: images.Image
 
@@ -56,7 +54,19 @@ def prepare(cache: Path) -> LabKernel:
         part.rename(initrd)
     packed = images.pack("modules", tree.modules, cache / "images", (), tree.version)
     target = Path("/lib/modules") / tree.release
-    return LabKernel(tree.vmlinuz, initrd, images.Image(packed.name, packed.file, target))
+    return LabKernel(_elf(tree), initrd, images.Image(packed.name, packed.file, target))
+
+
+def _elf(tree: KernelTree) -> Path:
+    elf = tree.root / "boot" / "vmlinux"
+    if not elf.exists():
+        kernel = bzimage.unpack(tree.vmlinuz.read_bytes())
+        if kernel is None or "CONFIG_PVH=y" not in tree.config.read_text():
+            return tree.vmlinuz
+        part = elf.with_suffix(".part")
+        part.write_bytes(kernel)
+        part.rename(elf)
+    return elf
 
 
 def _initramfs(tree: KernelTree, busybox: Path) -> bytes:

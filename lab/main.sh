@@ -26,16 +26,20 @@ done
 $b hostname lab
 $b ip link set lo up
 
-# Their device nodes exist only once they are loaded; everything else the kernel loads on demand.
-/sbin/modprobe -a kvm-amd tun vhost_net vhost_vsock vsock_loopback loop ext4
-
-for block in /sys/block/vd*; do
-    if [ "$($b cat "$block/serial")" = scratch ]; then
-        $b mkdir -p /scratch
-        $b mount -t ext4 -o discard "/dev/${block##*/}" /scratch
-        $b chmod 1777 /scratch
-    fi
-done
+prepare() {
+    # Their device nodes exist only once they are loaded; all else the kernel loads on demand.
+    /sbin/modprobe -a kvm-amd tun vhost_net vhost_vsock vsock_loopback loop ext4
+    for block in /sys/block/vd*; do
+        if [ "$($b cat "$block/serial")" = scratch ]; then
+            $b mkdir -p /scratch
+            $b mount -t ext4 -o discard "/dev/${block##*/}" /scratch
+            $b chmod 1777 /scratch
+        fi
+    done
+    : > /run/lab/prepared
+}
+# Meanwhile the agent starts, which takes about as long.
+prepare &
 
 python=$($b sed -n 's/^ *"interpreter": "\([^"]*\)",*$/\1/p' /run/lab/config.json)
 "$python" -I -S /run/lab/agent.py

@@ -203,7 +203,7 @@ class Session:
             ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", scratch], what="scratch disk"
         )
         return qemu.Machine(
-            kernel=boot.vmlinuz,
+            kernel=boot.image,
             initrd=boot.initrd,
             control=self.directory / "control",
             out=out,

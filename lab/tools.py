@@ -85,7 +85,7 @@ def run(
             errors="replace",
             timeout=timeout_s,
             cwd=cwd,
-            env=os.environ | {"LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"},
+            env=os.environ | {"LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired as err:
         raise LabError(f"{what}: {program} ran longer than {timeout_s:g} s") from err

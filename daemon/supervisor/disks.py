@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Disks of the host: looked at, opened, locked.
+
+The lock is one of the open file description (F_OFD_SETLK): it goes with the descriptor to the
+worker and ends with the worker, whatever becomes of hosteld. Writers exclude everyone, readers
+only writers.
+
+Source: fcntl(2), "Open file description locks".
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from typing import Final
+
+from api.errors import ApiError, Conflict, HostFailure, Invalid
+
+from .records import DiskRecord
+
+# struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid.
+_FLOCK: Final = struct.Struct("hhqqi4x")
+SECTOR_BYTES: Final = 512
+
+
+def inspect(path: str, field: str, *, read_only: bool) -> int:
+    """Return the size in bytes of a host file or block device that is to be a disk.
+
+    Args:
+        path: client-controlled, absolute.
+        field: of the request, for the error.
+        read_only: how the guest will see it.
+
+    Raises:
+        Invalid: missing, a directory or another thing that is no disk, not accessible, or empty.
+
+    Threads: any; may block on a slow file system.
+    """
+    # O_NONBLOCK: a FIFO must not hold us; it has no effect on files and disks.
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags)
+    except OSError as err:
+        raise _open_error(err, path, field) from err
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise Invalid(
+                "disk_kind", f"{path}: must be a regular file or a block device", field=field
+            )
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+    finally:
+        os.close(fd)
+    if size_bytes < SECTOR_BYTES:
+        raise Invalid(
+            "disk_size",
+            f"{path}: {size_bytes} bytes, a disk has {SECTOR_BYTES} or more",
+            field=field,
+        )
+    return size_bytes
+
+
+def open_locked(disk: DiskRecord, index: int) -> int:
+    """Open a disk for a worker, locked, and return its descriptor.
+
+    Raises:
+        ApiError: missing, not accessible, or in use.
+
+    Threads: any; may block on a slow file system.
+    """
+    field = f"disks.{index}.path"
+    try:
+        is_block = stat.S_ISBLK(os.stat(disk.path).st_mode)  # noqa: PTH116 - open by the same string
+        flags = (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        # On a block device O_EXCL, without O_CREAT, means: refuse if mounted (open(2)).
+        fd = os.open(disk.path, flags | (os.O_EXCL if is_block and not disk.read_only else 0))
+    except OSError as err:
+        raise _open_error(err, disk.path, field) from err
+    try:
+        lock(fd, disk.path, field, is_shared=disk.read_only)
+    except ApiError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def lock(fd: int, path: str, field: str, *, is_shared: bool) -> None:
+    """Lock a whole file through its open file description.
+
+    Raises:
+        Conflict: someone else holds it.
+        HostFailure: the file system knows no locks.
+    """
+    kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except (BlockingIOError, PermissionError) as err:
+        wanted = "read" if is_shared else "write"
+        raise Conflict(
+            "disk_in_use",
+            f"{path}: cannot be locked to {wanted}, another VM or program uses it; stop that first,"
+            " or give the disk read_only to all of them",
+            field=field,
+        ) from err
+    except OSError as err:
+        raise HostFailure("disk_lock", f"{path}: {err.strerror}", field=field) from err
+
+
+def _open_error(err: OSError, path: str, field: str) -> ApiError:
+    if err.errno == errno.EISDIR:
+        return Invalid(
+            "disk_kind", f"{path}: is a directory, must be a file or a block device", field=field
+        )
+    if err.errno in (errno.ENOENT, errno.ENOTDIR):
+        return Invalid("disk_missing", f"{path}: no such file", field=field)
+    if err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Invalid(
+            "disk_permission",
+            f"{path}: {err.strerror}; let hosteld's user (uid {os.geteuid()}) at it",
+            field=field,
+        )
+    if err.errno == errno.EBUSY:
+        return Conflict("disk_in_use", f"{path}: is mounted or in use on this host", field=field)
+    return Invalid("disk_open", f"{path}: {err.strerror}", field=field)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The one translator from what can go wrong inside to what a client is told."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import Final
+
+from api.errors import ApiError, Conflict, HostFailure, Internal, Invalid, NoSpace
+
+from ..errors import WorkerError
+from ..images.errors import Cancelled, ImageError, StorageError
+from .store import StoreFull
+
+log = logging.getLogger(__name__)
+
+_NO_SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+
+def translate(err: Exception, doing: str) -> ApiError:
+    """Return the API's error for any other; what is not foreseen is logged with its trace.
+
+    Args:
+        err: what was raised.
+        doing: for messages, such as ``vm.start web-1``.
+    """
+    if isinstance(err, ApiError):
+        return err
+    if isinstance(err, StoreFull):
+        return NoSpace("state_dir_full", str(err))
+    if isinstance(err, WorkerError):
+        return HostFailure(err.code, f"{doing}: {err}")
+    if isinstance(err, ImageError):
+        return _image_error(err)
+    if isinstance(err, OSError):
+        if err.errno in _NO_SPACE_ERRNOS:
+            return NoSpace("state_dir_full", f"{doing}: {_os_text(err)}; make room")
+        log.error("host failure doing=%r", doing, exc_info=err)
+        return HostFailure("host_failure", f"{doing}: {_os_text(err)}")
+    log.error("defect doing=%r", doing, exc_info=err)
+    return Internal("internal", f"{doing}: a defect of hosteld, its log has the trace")
+
+
+def _image_error(err: ImageError) -> ApiError:
+    if isinstance(err, StorageError):
+        return NoSpace(err.code, err.detail, field=err.field)
+    if isinstance(err, Cancelled):
+        return Conflict(err.code, err.detail)
+    return Invalid(err.code, err.detail, field=err.field)
+
+
+def _os_text(err: OSError) -> str:
+    return f"{err.filename}: {err.strerror}" if err.filename else str(err.strerror or err)

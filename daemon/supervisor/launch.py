@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Open all that a worker may touch, and say in a MachineSpec which descriptor is what."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+from api.errors import ApiError, HostFailure, Internal
+
+from ..protocol import DiskSpec, MachineSpec, NicSpec
+from .disks import open_locked
+from .records import ImageRecord, KernelRecord, VmRecord
+from .taps import open_tap
+
+MIB: Final = 1 << 20
+
+
+@dataclass
+class FdBag:
+    """Descriptors that are closed together; the worker gets duplicates."""
+
+    fds: list[int] = field(default_factory=list)
+
+    def add(self, fd: int) -> int:
+        """Take a descriptor over and return its index."""
+        self.fds.append(fd)
+        return len(self.fds) - 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What a VM boots."""
+
+    kernel: KernelRecord
+    initrd: ImageRecord | None
+
+
+async def prepare(
+    record: VmRecord, boot: Boot, *, kvm_device: str, requested_ns: int, bag: FdBag
+) -> MachineSpec:
+    """Open everything for a VM into ``bag``: KVM, kernel, initrd, disks with locks, taps.
+
+    Args:
+        record: the VM.
+        boot: its kernel and initrd.
+        kvm_device: path of /dev/kvm.
+        requested_ns: CLOCK_MONOTONIC of the request to start.
+        bag: owns what was opened, on failure too.
+
+    Raises:
+        ApiError: something is missing, not permitted, or in use; says what to do.
+    """
+    kvm_fd = bag.add(open_kvm(kvm_device))
+    kernel_fd = bag.add(_open_kept(boot.kernel.path))
+    initrd_fd = bag.add(_open_kept(boot.initrd.path)) if boot.initrd is not None else None
+    disks = []
+    for index, disk in enumerate(record.disks):
+        fd = await _in_thread(bag, lambda d=disk, i=index: open_locked(d, i))  # type: ignore[misc]
+        disks.append(DiskSpec(disk.id, fd, disk.read_only))
+    nics = []
+    for index, nic in enumerate(record.nics):
+        fd = await _in_thread(bag, lambda n=nic, i=index: open_tap(n, i))  # type: ignore[misc]
+        nics.append(NicSpec(nic.id, fd, nic.mac, nic.mtu))
+    return MachineSpec(
+        vm_id=record.id,
+        vcpus=record.vcpus,
+        memory_bytes=record.memory_mib * MIB,
+        cmdline=record.cmdline,
+        entry=boot.kernel.model.entry,
+        setup_header=boot.kernel.setup_header,
+        kvm_fd=kvm_fd,
+        kernel_fd=kernel_fd,
+        initrd_fd=initrd_fd,
+        disks=tuple(disks),
+        nics=tuple(nics),
+        rng=record.rng,
+        on_reboot=record.on_reboot,
+        on_panic=record.on_panic,
+        requested_ns=requested_ns,
+    )
+
+
+async def _in_thread(bag: FdBag, opener: Callable[[], int]) -> int:
+    """Run what may block in a thread; its descriptor is kept even if the caller is cancelled."""
+    future = asyncio.get_running_loop().run_in_executor(None, opener)
+    try:
+        return bag.add(await asyncio.shield(future))
+    except asyncio.CancelledError:
+        future.add_done_callback(_close_late)
+        raise
+
+
+def _close_late(future: asyncio.Future[int]) -> None:
+    if future.exception() is None:
+        os.close(future.result())
+
+
+def open_kvm(path: str) -> int:
+    """Open the KVM device.
+
+    Raises:
+        HostFailure: absent, or not permitted; says what to do.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as err:
+        raise kvm_error(path, err) from err
+
+
+def kvm_error(path: str, err: OSError) -> ApiError:
+    """Return why a KVM device cannot be opened, with the remedy."""
+    if err.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+        return HostFailure(
+            "kvm_missing",
+            f"{path}: {err.strerror}: this host has no KVM; turn VT-x or AMD-V on in the firmware"
+            " (nested virtualization in a VM) and load it with: modprobe kvm_intel, or kvm_amd",
+        )
+    if err.errno in (errno.EACCES, errno.EPERM):
+        return HostFailure(
+            "kvm_permission",
+            f"{path}: {err.strerror} for uid {os.geteuid()}; let that user in with:"
+            " usermod -a -G kvm USER, then log in again",
+        )
+    return HostFailure("kvm_unavailable", f"{path}: {err.strerror}")
+
+
+def _open_kept(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as err:
+        raise Internal(
+            "file_lost", f"{path}: {err.strerror}: it was imported and is gone; import it again"
+        ) from err

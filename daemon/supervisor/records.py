@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""What the database keeps of each object, and the statements that keep it.
+
+Records are immutable: a change makes a new one, which takes the old one's place once it is
+committed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from api.models.resources import Image, Kernel
+from api.models.vms import VmState
+
+from .store import Statement
+
+OnReboot = Literal["reset", "stop"]
+OnPanic = Literal["keep", "reset", "stop"]
+
+
+def now() -> datetime:
+    """Return the time as every record carries it."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRecord:
+    """A VM's disk; ``is_own`` means that it goes with the VM."""
+
+    id: str
+    path: str
+    image_id: str | None
+    is_own: bool
+    read_only: bool
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NicRecord:
+    """A VM's network interface."""
+
+    id: str
+    tap: str
+    mac: str
+    mtu: int | None
+    bridge: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonRecord:
+    """Why a VM is in its state."""
+
+    code: str
+    message: str
+    at: datetime
+    detail: dict[str, str | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRecord:
+    """A VM as it is kept; see api.models.vms.Vm for the fields' meaning."""
+
+    id: str
+    name: str
+    state: VmState
+    reason: ReasonRecord | None
+    vcpus: int
+    memory_mib: int
+    kernel_id: str
+    initrd_id: str | None
+    cmdline: str
+    disks: tuple[DiskRecord, ...]
+    nics: tuple[NicRecord, ...]
+    rng: bool
+    on_reboot: OnReboot
+    on_panic: OnPanic
+    labels: dict[str, str]
+    boot_time_us: int | None
+    created_at: datetime
+    started_at: datetime | None
+    version: int
+
+    def encode(self) -> str:
+        """Return the record as JSON text."""
+        return json.dumps(asdict(self), default=_encode_time, separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> VmRecord:
+        """Build the record from encode()'s text."""
+        doc = json.loads(text)
+        doc["state"] = VmState(doc["state"])
+        doc["created_at"] = datetime.fromisoformat(doc["created_at"])
+        if doc["started_at"] is not None:
+            doc["started_at"] = datetime.fromisoformat(doc["started_at"])
+        if (reason := doc["reason"]) is not None:
+            reason["at"] = datetime.fromisoformat(reason["at"])
+            doc["reason"] = ReasonRecord(**reason)
+        doc["disks"] = tuple(DiskRecord(**disk) for disk in doc["disks"])
+        doc["nics"] = tuple(NicRecord(**nic) for nic in doc["nics"])
+        return cls(**doc)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRecord:
+    """An imported kernel.
+
+    Attributes:
+        model: as clients see it.
+        directory: what delete removes, when no other record has it.
+        path: the ELF file that is entered.
+        setup_header: hex of the bzImage's setup header, empty for an ELF kernel.
+    """
+
+    model: Kernel
+    directory: str
+    path: str
+    setup_header: str
+
+    def encode(self) -> str:
+        """Return the record as JSON text."""
+        return _encode_model(
+            self.model, directory=self.directory, path=self.path, setup_header=self.setup_header
+        )
+
+    @classmethod
+    def decode(cls, text: str) -> KernelRecord:
+        """Build the record from encode()'s text."""
+        doc = json.loads(text)
+        model = Kernel.model_validate(doc.pop("model"))
+        return cls(model, **doc)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An imported image; ``directory`` and ``path`` as for a kernel."""
+
+    model: Image
+    directory: str
+    path: str
+
+    def encode(self) -> str:
+        """Return the record as JSON text."""
+        return _encode_model(self.model, directory=self.directory, path=self.path)
+
+    @classmethod
+    def decode(cls, text: str) -> ImageRecord:
+        """Build the record from encode()'s text."""
+        doc = json.loads(text)
+        model = Image.model_validate(doc.pop("model"))
+        return cls(model, **doc)
+
+
+def save_vm(record: VmRecord) -> Statement:
+    """Insert or update a VM; the name's uniqueness is the database's to enforce."""
+    return Statement(
+        "INSERT INTO vms (id, name, state, doc) VALUES (?1, ?2, ?3, ?4) ON CONFLICT (id) DO UPDATE"
+        " SET name = ?2, state = ?3, doc = ?4",
+        (record.id, record.name, record.state.value, record.encode()),
+    )
+
+
+def delete_vm(vm_id: str) -> Statement:
+    """Delete a VM's row."""
+    return Statement("DELETE FROM vms WHERE id = ?", (vm_id,))
+
+
+def _encode_time(value: object) -> str:
+    assert isinstance(value, datetime)
+    return value.isoformat()
+
+
+def _encode_model(model: Kernel | Image, **fields: str) -> str:
+    return json.dumps({"model": model.model_dump(mode="json"), **fields}, separators=(",", ":"))

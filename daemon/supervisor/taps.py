@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Taps: made or attached to, brought up, put on a bridge.
+
+By ioctl, and not by netlink: five requests do not need a library that takes 0.2 s (and in an
+emulated host many seconds) to import. A tap that is made here is not persistent: it vanishes with
+the last descriptor, and the last one is the worker's. One that was there before stays.
+
+Source: Linux Documentation/networking/tuntap.rst, netdevice(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+from typing import Final
+
+from api.errors import ApiError, Conflict, HostFailure, Invalid
+
+from .records import NicRecord
+
+_TUN_DEVICE: Final = "/dev/net/tun"
+_SYS_NET: Final = Path("/sys/class/net")
+
+# Linux include/uapi/linux/if_tun.h: TUNSETIFF is _IOW('T', 202, int).
+_TUNSETIFF: Final = (1 << 30) | (4 << 16) | (ord("T") << 8) | 202
+_IFF_TAP: Final = 0x0002
+_IFF_NO_PI: Final = 0x1000
+_IFF_VNET_HDR: Final = 0x4000
+# Linux include/uapi/linux/sockios.h and if.h.
+_SIOCGIFFLAGS: Final = 0x8913
+_SIOCSIFFLAGS: Final = 0x8914
+_SIOCGIFMTU: Final = 0x8921
+_SIOCSIFMTU: Final = 0x8922
+_SIOCBRADDIF: Final = 0x89A2
+_IFF_UP: Final = 0x1
+# struct ifreq: 16 bytes of name, then a union of 24.
+_IFREQ_FLAGS: Final = struct.Struct("=16sH22x")
+_IFREQ_INT: Final = struct.Struct("=16si20x")
+
+
+def check_name(name: str, field: str) -> None:
+    """Refuse the name of a host interface that is no tap.
+
+    Args:
+        name: client-controlled, checked for length and characters before.
+        field: of the request, for the error.
+
+    Raises:
+        Invalid: such an interface is there.
+    """
+    directory = _SYS_NET / name
+    if directory.exists() and not (directory / "tun_flags").exists():
+        raise Invalid(
+            "tap_taken",
+            f"{name} is an interface of the host and no tap; choose another name, or leave it out",
+            field=field,
+        )
+
+
+def check_bridge(name: str, field: str) -> None:
+    """Refuse a bridge that is not there.
+
+    Raises:
+        Invalid: no such interface, or not a bridge.
+    """
+    if not (_SYS_NET / name / "bridge").is_dir():
+        raise Invalid(
+            "bridge_missing",
+            f"{name} is no bridge of this host; make it with: ip link add {name} type bridge",
+            field=field,
+        )
+
+
+def open_tap(nic: NicRecord, index: int) -> int:
+    """Open a VM's tap, up and on its bridge, and return its descriptor.
+
+    Args:
+        nic: what the tap must be.
+        index: of the interface in its VM, for errors.
+
+    Raises:
+        ApiError: it is in use, not ours to use, or the host cannot make it; says what to do.
+
+    Threads: any; may block for the kernel's network lock.
+    """
+    field = f"nics.{index}.tap"
+    try:
+        fd = os.open(_TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as err:
+        raise HostFailure(
+            "tun_unavailable",
+            f"{_TUN_DEVICE}: {err.strerror}; load it with: modprobe tun, and check its permissions",
+        ) from err
+    try:
+        _attach(fd, nic.tap, field)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            _configure(sock, nic, index)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _attach(fd: int, name: str, field: str) -> None:
+    request = _IFREQ_FLAGS.pack(name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, request)
+    except OSError as err:
+        raise _attach_error(err, name, field) from err
+
+
+def _attach_error(err: OSError, name: str, field: str) -> ApiError:
+    if err.errno == errno.EBUSY:
+        return Conflict("tap_in_use", f"tap {name} is in use by another VM or program", field=field)
+    if err.errno in (errno.EPERM, errno.EACCES):
+        return HostFailure(
+            "tap_permission",
+            f"tap {name}: this hosteld lacks CAP_NET_ADMIN; run it as root, or make the tap first:"
+            f" ip tuntap add {name} mode tap vnet_hdr user $USER && ip link set {name} up",
+            field=field,
+        )
+    if err.errno == errno.EINVAL:
+        return Invalid(
+            "tap_taken",
+            f"{name} is there and is no single-queue tap; choose another name",
+            field=field,
+        )
+    return HostFailure("tap_failed", f"tap {name}: {err.strerror}", field=field)
+
+
+def _configure(sock: socket.socket, nic: NicRecord, index: int) -> None:
+    name = nic.tap.encode()
+    step, field = "mtu", f"nics.{index}.mtu"
+    try:
+        if nic.mtu is not None and _get_int(sock, _SIOCGIFMTU, name) != nic.mtu:
+            fcntl.ioctl(sock, _SIOCSIFMTU, _IFREQ_INT.pack(name, nic.mtu))
+        step, field = "bridge", f"nics.{index}.bridge"
+        if nic.bridge is not None and not _is_on_bridge(nic.tap, nic.bridge):
+            tap_index = socket.if_nametoindex(nic.tap)
+            fcntl.ioctl(sock, _SIOCBRADDIF, _IFREQ_INT.pack(nic.bridge.encode(), tap_index))
+        step, field = "up", f"nics.{index}.tap"
+        # Last, so that nothing is sent before it stands where it belongs. Asked first, so that a
+        # tap that root has prepared needs no capability.
+        flags = _IFREQ_FLAGS.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ_FLAGS.pack(name, 0)))[1]
+        if not flags & _IFF_UP:
+            fcntl.ioctl(sock, _SIOCSIFFLAGS, _IFREQ_FLAGS.pack(name, flags | _IFF_UP))
+    except OSError as err:
+        raise _configure_error(err, nic, step, field) from err
+
+
+def _configure_error(err: OSError, nic: NicRecord, step: str, field: str) -> ApiError:
+    if err.errno in (errno.EPERM, errno.EACCES):
+        return HostFailure(
+            "tap_permission",
+            f"tap {nic.tap}: setting its {step} needs CAP_NET_ADMIN; run hosteld as root, or"
+            " prepare the tap with ip link set",
+            field=field,
+        )
+    if step == "bridge":
+        return Invalid(
+            "bridge_failed",
+            f"tap {nic.tap} cannot join {nic.bridge}: {err.strerror}; it must be a bridge of this"
+            " host, and the tap on no other",
+            field=field,
+        )
+    if step == "mtu":
+        return Invalid(
+            "mtu_refused", f"tap {nic.tap} refuses mtu {nic.mtu}: {err.strerror}", field=field
+        )
+    return HostFailure("tap_failed", f"tap {nic.tap}: {step}: {err.strerror}", field=field)
+
+
+def _get_int(sock: socket.socket, request: int, name: bytes) -> int:
+    return int(_IFREQ_INT.unpack(fcntl.ioctl(sock, request, _IFREQ_INT.pack(name, 0)))[1])
+
+
+def _is_on_bridge(tap: str, bridge: str) -> bool:
+    link = _SYS_NET / tap / "brport" / "bridge"
+    return link.exists() and link.resolve().name == bridge

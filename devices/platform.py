@@ -90,6 +90,10 @@ class PciConfigStore(Protocol):
         """Mark ``slot`` absent: it reads as all ones."""
         ...
 
+    def pci_trap_reads(self, slot: int, offset: int, length: int) -> None:
+        """Hand reads that touch these registers to Python."""
+        ...
+
 
 class IrqLine:
     """A fixed GSI (a legacy interrupt line) raised through an irqfd.

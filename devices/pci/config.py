@@ -100,6 +100,8 @@ class PciFunction:
         self._mapper: BarMapper = _Nowhere()
         self._last_capability: int | None = None
         self._capabilities_end = FIRST_CAPABILITY
+        # Registers (offset, length) whose reads do something and so must come to config_read().
+        self.trapped_reads: tuple[int, int] | None = None
         self._set(0x00, "<HH", identity.vendor_id, identity.device_id)
         self._set(0x08, "<I", identity.class_code << 8 | identity.revision)
         self._set(0x2C, "<HH", identity.subsystem_vendor_id, identity.subsystem_id)
@@ -203,7 +205,7 @@ class PciFunction:
                 self._config[register:end], self._writable[register:end], written, strict=False
             )
         )
-        if _overlaps(register, length, PCI_COMMAND, 2) or _overlaps(
+        if overlaps(register, length, PCI_COMMAND, 2) or overlaps(
             register, length, PCI_BASE_ADDRESS_0, 4 * MAX_BARS
         ):
             self._update_decode()
@@ -212,6 +214,10 @@ class PciFunction:
     def config_read(self, register: int, length: int) -> int:
         """Return configuration bytes; used where C hands a read out (trapped registers)."""
         return int.from_bytes(self._config[register : register + length], "little")
+
+    def poke(self, register: int, data: bytes) -> None:
+        """Change bytes that the guest will read, whatever their mask."""
+        self._config[register : register + len(data)] = data
 
     # ---- hooks
 
@@ -256,5 +262,6 @@ class PciFunction:
         struct.pack_into(layout, self._config, offset, *values)
 
 
-def _overlaps(base: int, length: int, other: int, other_length: int) -> bool:
+def overlaps(base: int, length: int, other: int, other_length: int) -> bool:
+    """Whether two ranges share a byte."""
     return base < other + other_length and other < base + length

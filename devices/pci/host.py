@@ -14,6 +14,7 @@ from typing import Final
 from devices.bus import AddressWindow, Bus, all_ones
 from devices.platform import PciConfigStore
 from devices.ratelimit import GuestLog
+from kvm_ffi.errors import GuestError
 
 from .config import Bar, PciFunction, PciIdentity
 
@@ -76,6 +77,8 @@ class PciHost:
                 function.place_bar(bar.index, gpa)
             self._functions[slot] = function
             function.bind(self._config_store.pci_slot(slot), self)
+            if function.trapped_reads is not None:
+                self._config_store.pci_trap_reads(slot, *function.trapped_reads)
             return slot
 
     def detach(self, slot: int) -> PciFunction:
@@ -97,16 +100,24 @@ class PciHost:
         """Serve EXIT_PCI_CONFIG_WRITE: ``address`` is slot << 12 | register, guest-controlled."""
         with self._lock:
             function = self._functions.get(address >> SLOT_SHIFT)
-            if function is not None:
-                function.config_write(address & REGISTER_MASK, length, value)
+            if function is None:
+                return
+            try:
+                function.config_write(address & REGISTER_MASK, length, value & all_ones(length))
+            except GuestError as err:
+                self._guest_log.warning("bad config write address=%#x: %s", address, err)
 
     def config_read(self, address: int, length: int) -> int:
-        """Serve a configuration read that C handed out; all ones from an empty slot."""
+        """Serve EXIT_PCI_CONFIG_READ, a read that C hands out; all ones where nothing answers."""
         with self._lock:
             function = self._functions.get(address >> SLOT_SHIFT)
             if function is None:
                 return all_ones(length)
-            return function.config_read(address & REGISTER_MASK, length) & all_ones(length)
+            try:
+                return function.config_read(address & REGISTER_MASK, length) & all_ones(length)
+            except GuestError as err:
+                self._guest_log.warning("bad config read address=%#x: %s", address, err)
+                return all_ones(length)
 
     def map_bar(self, bar: Bar, gpa: int) -> bool:
         """Claim the BAR's range, unless it leaves the windows or hits another BAR."""

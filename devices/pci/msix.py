@@ -20,7 +20,7 @@ from typing import Final
 from devices.errors import BadRegisterAccess
 from devices.platform import IrqfdVm, MsiRouter
 from devices.ratelimit import GuestLog
-from kvm_ffi.errors import KvmError
+from kvm_ffi.errors import HostError, KvmError
 from kvm_ffi.eventfd import EventFd
 
 log = logging.getLogger(__name__)
@@ -155,8 +155,9 @@ class MsixTable:
         if rerouted and not self._commit(rerouted):
             return
         for index in wanted:
-            if not self._vectors[index].is_live:
-                self._bind(self._vectors[index])
+            vector = self._vectors[index]
+            if vector.route is not None and not vector.is_live:
+                self._bind(vector)
 
     def _is_unmasked(self, index: int) -> bool:
         control = self._table[index * ENTRY_SIZE_BYTES + VECTOR_CONTROL_OFFSET]
@@ -169,7 +170,11 @@ class MsixTable:
         if vector.route == (address, data):
             return False
         if vector.gsi is None:
-            vector.gsi = self._router.allocate_msi()
+            try:
+                vector.gsi = self._router.allocate_msi()
+            except HostError as err:
+                self._guest_log.warning("MSI-X vector %d gets no GSI: %s", index, err)
+                return False
         self._router.set_msi(vector.gsi, address, data)
         vector.route = (address, data)
         return True

@@ -111,6 +111,7 @@ class FakeExitTable:
 
     def __init__(self) -> None:
         self.slots: dict[int, memoryview] = {}
+        self.traps: dict[int, tuple[int, int]] = {}
         self.claims: set[tuple[int, int]] = set()
 
     def pci_slot(self, slot: int) -> memoryview:
@@ -120,6 +121,9 @@ class FakeExitTable:
 
     def pci_remove(self, slot: int) -> None:
         del self.slots[slot]
+
+    def pci_trap_reads(self, slot: int, offset: int, length: int) -> None:
+        self.traps[slot] = (offset, length)
 
     def claim(self, base: int, length: int) -> None:
         self.claims.add((base, length))

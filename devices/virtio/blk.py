@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""virtio-blk: a raw file or block device as a disk. Requests are served in C (blk_engine).
+
+Source: VIRTIO 1.2, 5.2 "Block Device".
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import struct
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from devices.errors import BackendError
+from kvm_ffi.blk_engine import (
+    MAX_DISCARD_SECTORS,
+    MAX_DISCARD_SEGMENTS,
+    MAX_WRITE_ZEROES_SECTORS,
+    MAX_WRITE_ZEROES_SEGMENTS,
+    SECTOR_BYTES,
+    SERIAL_BYTES,
+    BlkEngine,
+)
+
+from .device import EngineDevice
+from .ids import (
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_ID_BLOCK,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvm_ffi.engine import Engine
+
+    from .queue import Activation
+
+# _IOR(0x12, 114, size_t) of <linux/fs.h>: the size of a block device in bytes.
+BLKGETSIZE64: Final = 0x80081272
+
+QUEUE_SIZE: Final = 256
+# A request is a header, its data segments and a status byte, all in one chain.
+SEG_MAX: Final = QUEUE_SIZE - 2
+BLOCK_BYTES: Final = 512
+
+# struct virtio_blk_config of 5.2.4, up to write_zeroes_may_unmap and its padding:
+# capacity, size_max, seg_max, geometry (cylinders, heads, sectors), blk_size,
+# topology (physical exponent, alignment, min io, optimal io), writeback, unused, num_queues,
+# max_discard_sectors, max_discard_seg, discard_sector_alignment,
+# max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap.
+_CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+
+
+def backend_size_bytes(fd: int, path: str) -> int:
+    """Return the size of an open regular file or block device.
+
+    Args:
+        fd: open for reading.
+        path: for the error text only.
+
+    Raises:
+        BackendError: it is neither, or the host cannot tell.
+    """
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size
+        if stat.S_ISBLK(status.st_mode):
+            size: int = struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
+            return size
+    except OSError as err:
+        raise BackendError(path, f"cannot tell its size: {err.strerror}") from err
+    raise BackendError(path, "neither a regular file nor a block device")
+
+
+class VirtioBlk(EngineDevice):
+    """A disk.
+
+    Args:
+        name: e.g. "blk0"; also the name of the engine's thread.
+        disk_fd: open for what the guest may do; owned from now on.
+        path: for error texts only.
+        is_read_only: offer VIRTIO_BLK_F_RO and refuse writes.
+        serial: what the guest sees in /sys/block/vda/serial, at most 20 ASCII bytes.
+
+    Raises:
+        BackendError: the descriptor is no file or block device.
+        ValueError: the serial is too long.
+    """
+
+    DEVICE_ID: ClassVar[int] = VIRTIO_ID_BLOCK
+    PCI_CLASS: ClassVar[int] = 0x018000
+    QUEUE_SIZES: ClassVar[tuple[int, ...]] = (QUEUE_SIZE,)
+    FEATURES: ClassVar[int] = VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE | VIRTIO_BLK_F_FLUSH
+    WRITE_FEATURES: ClassVar[int] = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
+
+    def __init__(
+        self, name: str, disk_fd: int, *, path: str, is_read_only: bool = False, serial: str = ""
+    ) -> None:
+        super().__init__(name)
+        self._serial = serial.encode("ascii", "replace")
+        if len(self._serial) > SERIAL_BYTES:
+            raise ValueError(f"serial={serial!r}: must be at most {SERIAL_BYTES} bytes")
+        self._disk_fd = disk_fd
+        self._path = path
+        self._is_read_only = is_read_only
+        self._size_sectors = backend_size_bytes(disk_fd, path) // SECTOR_BYTES
+
+    @property
+    def features(self) -> int:
+        """The bits that this disk offers: a read-only one cannot discard."""
+        specific = VIRTIO_BLK_F_RO if self._is_read_only else self.WRITE_FEATURES
+        return super().features | specific
+
+    @property
+    def size_sectors(self) -> int:
+        """The capacity that the guest sees, in sectors of 512 bytes."""
+        return self._size_sectors
+
+    def config_space(self) -> bytes:
+        """Return struct virtio_blk_config."""
+        return _CONFIG.pack(
+            self._size_sectors,
+            0,
+            SEG_MAX,
+            *(0, 0, 0),
+            BLOCK_BYTES,
+            *(0, 0, 0, 0),
+            0,
+            len(self.QUEUE_SIZES),
+            MAX_DISCARD_SECTORS,
+            MAX_DISCARD_SEGMENTS,
+            1,
+            MAX_WRITE_ZEROES_SECTORS,
+            MAX_WRITE_ZEROES_SEGMENTS,
+            1,
+        )
+
+    def make_engines(self, activation: Activation) -> Sequence[Engine]:
+        """Build one engine for each enabled queue; the first one must be."""
+        activation.require(0)
+        is_writethrough = not activation.features & VIRTIO_BLK_F_FLUSH
+        return [
+            BlkEngine(
+                activation.memory,
+                self._disk_fd,
+                size_sectors=self._size_sectors,
+                read_only=self._is_read_only,
+                serial=self._serial,
+                queue=enabled.queue,
+                kick=enabled.kick,
+                irq=enabled.irq,
+                fault=activation.fault,
+                is_writethrough=is_writethrough,
+            )
+            for enabled in activation.queues.values()
+        ]
+
+    def engine_stats(self, engine: Engine) -> dict[str, int]:
+        """Return the block engine's counters."""
+        assert isinstance(engine, BlkEngine)
+        return engine.stats()
+
+    def refresh_size(self) -> int:
+        """Look at the file's size again, tell the driver when it changed; return the sectors.
+
+        Raises:
+            BackendError: the host cannot tell the size.
+        """
+        size_sectors = backend_size_bytes(self._disk_fd, self._path) // SECTOR_BYTES
+        with self._lock:
+            if size_sectors == self._size_sectors:
+                return size_sectors
+            self._size_sectors = size_sectors
+            for engine in self._engines:
+                assert isinstance(engine, BlkEngine)
+                engine.set_size(size_sectors)
+        self.config_changed()  # takes the transport's lock, so not under ours
+        return size_sectors
+
+    def close(self) -> None:
+        """Close the disk; after reset()."""
+        os.close(self._disk_fd)

@@ -2,8 +2,8 @@
 # Copyright the Hostel authors
 """A real VM of one vCPU and 64 KiB, for guests of a few bytes in real mode.
 
-The code starts at CODE with every segment at 0. Anything above RAM_SIZE is MMIO; to reach it, a test moves the
-base of DS or ES there.
+The code starts at CODE with every segment at 0. Anything above RAM_SIZE is MMIO; to reach it, a
+test moves the base of DS or ES there.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class TinyGuest:
             answers: what reads get, by address.
 
         Returns:
-            (kind, address, length, value) of each exit before that; the value of a read is the answer.
+            (kind, address, length, value) of each exit before that; the value of a read is the
+            answer.
         """
         seen: list[tuple[str, int, int, int]] = []
         exit_: Any = self.vcpu.exit

@@ -12,12 +12,12 @@ from typing import Final
 from devices.legacy.cmos_rtc import INDEX_PORT
 from devices.legacy.i8042 import COMMAND_PORT, DATA_PORT
 from devices.legacy.pvpanic import PVPANIC_PORT
+from devices.legacy.serial import COM1_PORT
 
 from . import aml
 from .config import AcpiConfig
 from .power import GED_PORT, SLEEP_TYPE_S5, GedEvent
 
-COM1_PORT: Final = 0x3F8
 PCI_CONFIG_PORT: Final = 0xCF8
 PCI_CONFIG_LENGTH: Final = 8
 NOTIFY_BUTTON_PRESSED: Final = 0x80

@@ -186,5 +186,6 @@ class VirtioBlk(EngineDevice):
         return size_sectors
 
     def close(self) -> None:
-        """Close the disk; after reset()."""
+        """Stop for good and close the disk."""
+        super().close()
         os.close(self._disk_fd)

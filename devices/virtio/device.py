@@ -120,6 +120,10 @@ class VirtioDevice(abc.ABC):
         """Return counters since the device was made."""
         return {}
 
+    def close(self) -> None:
+        """Stop for good, and close what the device owns; the transport calls it."""
+        self.reset()
+
 
 class KickedDevice(VirtioDevice):
     """A slow device: each kick drains one queue in Python, on the event loop's thread."""

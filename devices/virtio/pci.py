@@ -376,9 +376,10 @@ class VirtioPci(PciFunction):
         self.device.resume()
 
     def close(self) -> None:
-        """Stop the device and close everything; when no vCPU runs, or after PciHost.detach()."""
+        """Stop the device and close it and every eventfd; once, after PciHost.detach() or vCPUs."""
         with self._lock:
             self.device_reset()
+            self.device.close()
             self._msix.close()
             for eventfd in (*self._kicks, self._fault):
                 eventfd.close()

@@ -52,8 +52,13 @@ class Machine:
         self.avail_idx = [0] * len(device.QUEUE_SIZES)
         self.used_idx = [0] * len(device.QUEUE_SIZES)
         self.queue_size = 8
+        self.is_closed = False
 
     def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         self.transport.close()
         self.loop.close()
         self.memory.close()

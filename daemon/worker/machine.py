@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from devices.acpi.config import AcpiConfig, AddressWindow
+from devices.acpi.config import AcpiConfig
 from devices.acpi.power import GenericEventDevice, PowerControl
 from devices.acpi.tables import build_tables
-from devices.bus import Bus
+from devices.bus import AddressWindow, Bus
 from devices.event_loop import EventLoop
 from devices.legacy.boot_timer import BootTimer
 from devices.legacy.cmos_rtc import CmosRtc
@@ -29,7 +29,7 @@ from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
 from devices.virtio.rng import VirtioRng
 from kvm_ffi import exits, x86_64
-from kvm_ffi.blk_engine import SERIAL_BYTES
+from kvm_ffi.blk_engine import SECTOR_BYTES, SERIAL_BYTES
 from kvm_ffi.errors import KvmError
 from kvm_ffi.exits import ExitTable
 from kvm_ffi.irq_routing import IrqRouter
@@ -40,7 +40,7 @@ from kvm_ffi.uart import Uart
 from kvm_ffi.vcpu import Vcpu
 
 from .. import protocol
-from ..errors import WorkerError
+from ..errors import ProtocolError, WorkerError
 from ..protocol import MachineSpec
 from . import boot, layout
 from .vcpus import EXIT_DEFECT, VcpuThreads
@@ -79,7 +79,7 @@ class MachineFds:
             ProtocolError: the spec names one that the message did not bring.
         """
         if not 0 <= index < len(self._fds):
-            raise protocol.ProtocolError(f"the spec names descriptor {index} of {len(self._fds)}")
+            raise ProtocolError(f"the spec names descriptor {index} of {len(self._fds)}")
         return self._fds[index]
 
     def close(self) -> None:
@@ -190,21 +190,35 @@ class Machine:
         self._table.set_ecam(layout.ECAM_GPA, layout.ECAM_BYTES)
         self._pci = PciHost(self._table, self._mmio, acpi.pci_window_32, acpi.pci_window_64)
         router = IrqRouter(self._vm)
-        devices: list[tuple[str, VirtioDevice]] = []
-        for disk in spec.disks:
-            serial = f"{spec.vm_id[:8]}-{disk.id}".encode()[:SERIAL_BYTES]
-            blk = VirtioBlk(self._memory, fds[disk.fd], read_only=disk.read_only, serial=serial)
-            devices.append((disk.id, blk))
+        # A device owns its descriptor, and a reset needs it again: hence the copies.
+        devices: list[VirtioDevice] = [
+            VirtioBlk(
+                disk.id,
+                os.dup(fds[disk.fd]),
+                path=disk.id,
+                is_read_only=disk.read_only,
+                serial=f"{spec.vm_id[:8]}-{disk.id}"[:SERIAL_BYTES],
+            )
+            for disk in spec.disks
+        ]
         for nic in spec.nics:
             mac = bytes.fromhex(nic.mac.replace(":", ""))
-            devices.append((nic.id, VirtioNet(self._memory, fds[nic.fd], mac=mac, mtu=nic.mtu)))
+            devices.append(
+                VirtioNet(nic.id, os.dup(fds[nic.fd]), path=nic.id, mac=mac, mtu=nic.mtu)
+            )
         if spec.rng:
-            devices.append(("rng", VirtioRng(self.event_loop)))
-        for device_id, device in devices:
-            transport = VirtioPci(device, self._memory, self._vm, router, self.event_loop)
+            devices.append(VirtioRng())
+        for device in devices:
+            transport = VirtioPci(
+                device,
+                vm=self._vm,
+                router=router,
+                memory=self._memory,
+                event_loop=self.event_loop,
+            )
             stack.callback(transport.close)
-            self._pci.attach(transport.function)
-            self._virtio[device_id] = device
+            self._pci.attach(transport)
+            self._virtio[device.name] = device
 
     def _create_vcpus(
         self, kvm: Kvm, spec: MachineSpec, state: boot.BootState, stack: contextlib.ExitStack
@@ -274,7 +288,7 @@ class Machine:
         device = self._virtio.get(disk_id)
         if not isinstance(device, VirtioBlk):
             raise WorkerError("no_such_disk", f"the VM has no disk {disk_id!r}")
-        return device.refresh_size()
+        return device.refresh_size() * SECTOR_BYTES
 
     def stats(self) -> dict[str, Any]:
         """Return counters as api/models/vms.py's VmStats has them."""

@@ -1,0 +1,435 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from kvm_ffi._kvm import ffi, lib
+from kvm_ffi.engine import EngineFault
+from kvm_ffi.eventfd import EventFd
+from kvm_ffi.memory import GuestMemory
+from kvm_ffi.net_engine import HEADER_BYTES, MAX_PACKET_BYTES, NetEngine, configure_tap
+from kvm_ffi.types import Gpa
+from kvm_ffi.virtqueue import Virtqueue
+from tests.support.engine_thread import running, wait_signal, wait_until
+from tests.support.ring_driver import WRITE, RingDriver
+
+RX_BUFFERS = 0x100000
+TX_BUFFER = 0x400000
+MEMORY = 8 << 20
+BUFFER = 1024  # smaller than a frame of 1514 bytes: two are needed for one
+# flags and gso fields are the tap's; num_buffers (offset 10) is the device's.
+HEADER = bytes([1, 3, 5, 0, 7, 0, 9, 0, 11, 0, 0, 0])
+RX_SIZE = 256
+
+
+def header(num_buffers: int) -> bytes:
+    return HEADER[:10] + struct.pack("<H", num_buffers)
+
+
+@dataclass
+class Nic:
+    """A network device whose tap is one end of a socket pair; `wire` is the other end."""
+
+    memory: GuestMemory
+    rx: RingDriver
+    tx: RingDriver
+    rx_queue: Virtqueue
+    tx_queue: Virtqueue
+    engine: NetEngine
+    wire: socket.socket
+    tap: socket.socket
+    rx_kick: EventFd
+    tx_kick: EventFd
+    rx_irq: EventFd
+    tx_irq: EventFd
+    fault: EventFd
+
+    def serve(self) -> int:
+        """Look at the tap and the rings once, without waiting."""
+        waited = lib.net_engine_wait(self.engine._c, 0)
+        return waited if waited < 0 else lib.net_engine_serve(self.engine._c)
+
+    def arrive(self, frame: bytes) -> None:
+        self.wire.send(HEADER + frame)
+
+    def offer_rx(self, count: int, length: int = BUFFER) -> None:
+        heads: list[int] = []
+        for _ in range(count):
+            slot = (self.rx.avail_idx + len(heads)) % RX_SIZE
+            heads.append(self.rx.chain([(RX_BUFFERS + slot * 0x2000, length, WRITE)], first=slot))
+        self.rx.offer(*heads)
+
+    def received(self) -> list[tuple[int, bytes]]:
+        """(head, bytes) of each used receive chain."""
+        return [
+            (head, self.memory.read(Gpa(RX_BUFFERS + head * 0x2000), written))
+            for head, written in self.rx.take_used()
+        ]
+
+    def send(self, data: bytes, *, cuts: tuple[int, ...] = ()) -> None:
+        """Offer a packet for transmission, cut into buffers at the given offsets."""
+        self.memory.write(Gpa(TX_BUFFER), data)
+        edges = [0, *cuts, len(data)]
+        buffers = [
+            (TX_BUFFER + start, end - start, 0)
+            for start, end in zip(edges, edges[1:], strict=False)  # noqa: RUF007 - clearer
+        ]
+        self.tx.offer(self.tx.chain(buffers))
+
+
+MakeNic = Callable[..., Nic]
+
+
+@pytest.fixture
+def make_nic() -> Iterator[MakeNic]:
+    made: list[Nic] = []
+    memory = GuestMemory([(Gpa(0), MEMORY)])
+
+    def make(
+        *, mergeable: bool = True, event_idx: bool = False, tap: socket.socket | None = None
+    ) -> Nic:
+        wire, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        wire.setblocking(False)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        rx = RingDriver(memory, size=RX_SIZE, base=0x10000)
+        tx = RingDriver(memory, size=16, base=0x20000)
+        rx_queue, tx_queue = rx.queue(event_idx=event_idx), tx.queue(event_idx=event_idx, index=1)
+        rx_kick, tx_kick, rx_irq, tx_irq, fault = (EventFd() for _ in range(5))
+        engine = NetEngine(
+            memory, near.fileno(), rx=rx_queue, tx=tx_queue, rx_kick=rx_kick, tx_kick=tx_kick,
+            rx_irq=rx_irq, tx_irq=tx_irq, fault=fault, mergeable=mergeable,
+        )  # fmt: skip
+        made.append(
+            Nic(memory, rx, tx, rx_queue, tx_queue, engine, wire, near, rx_kick, tx_kick, rx_irq,
+                tx_irq, fault)
+        )  # fmt: skip
+        return made[-1]
+
+    yield make
+    for nic in made:
+        nic.engine.close()
+        nic.wire.close()
+        nic.tap.close()
+        for event in (nic.rx_kick, nic.tx_kick, nic.rx_irq, nic.tx_irq, nic.fault):
+            event.close()
+    memory.close()
+
+
+@pytest.fixture
+def nic(make_nic: MakeNic) -> Nic:
+    return make_nic()
+
+
+def test_a_frame_arrives_in_one_buffer_with_its_header(nic: Nic) -> None:
+    nic.offer_rx(2)
+    nic.arrive(b"frame")
+    assert nic.serve() == 0
+    assert nic.received() == [(0, header(1) + b"frame")]
+    assert nic.engine.stats()["rx_packets"] == 1
+    assert nic.engine.stats()["rx_bytes"] == 5
+
+
+def test_a_large_frame_fills_several_buffers(nic: Nic) -> None:
+    nic.offer_rx(70)
+    frame = bytes(range(256)) * 256
+    nic.arrive(frame[:65000])
+    assert nic.serve() == 0
+    chunks = nic.received()
+    needed = -(-(65000 + HEADER_BYTES) // BUFFER)
+    assert [head for head, _ in chunks] == list(range(needed))
+    assert b"".join(data for _, data in chunks) == header(needed) + frame[:65000]
+
+
+def test_buffers_that_a_packet_did_not_need_serve_the_next(nic: Nic) -> None:
+    nic.offer_rx(80)
+    for length in (1000, 1500, 10, 40000, 1):
+        nic.arrive(bytes([length & 0xFF]) * length)
+    assert nic.serve() == 0
+    heads = [head for head, _ in nic.received()]
+    assert heads == list(range(1 + 2 + 1 + 40 + 1))
+    assert nic.rx_queue.state.next_avail == nic.rx_queue.state.next_used == len(heads)
+
+
+def test_the_packet_that_exactly_fills_the_last_buffer_fits(nic: Nic) -> None:
+    nic.offer_rx(2)
+    nic.arrive(b"x" * (2 * BUFFER - HEADER_BYTES))
+    assert nic.serve() == 0
+    assert len(nic.received()) == 2
+    assert nic.engine.stats()["rx_dropped"] == 0
+
+
+def test_a_packet_one_byte_too_long_is_dropped_and_the_buffers_stay(nic: Nic) -> None:
+    nic.offer_rx(2)
+    nic.arrive(b"x" * (2 * BUFFER - HEADER_BYTES + 1))
+    nic.arrive(b"fits")
+    assert nic.serve() == 0
+    assert nic.received() == [(0, header(1) + b"fits")]
+    assert nic.engine.stats()["rx_dropped"] == 1
+
+
+def test_the_largest_packet_fits(nic: Nic) -> None:
+    nic.offer_rx(80)
+    nic.arrive(b"m" * (MAX_PACKET_BYTES - HEADER_BYTES))
+    nic.arrive(b"m" * (MAX_PACKET_BYTES - HEADER_BYTES + 1024))
+    assert nic.serve() == 0
+    assert sum(len(data) for _, data in nic.received()) == MAX_PACKET_BYTES
+    assert nic.engine.stats()["rx_dropped"] == 1
+
+
+def test_without_mergeable_buffers_one_chain_holds_the_packet(make_nic: MakeNic) -> None:
+    nic = make_nic(mergeable=False)
+    nic.offer_rx(3)
+    nic.arrive(b"a" * BUFFER)
+    nic.arrive(b"b" * (BUFFER - HEADER_BYTES))
+    assert nic.serve() == 0
+    assert nic.received() == [(0, header(1) + b"b" * (BUFFER - HEADER_BYTES))]
+    assert nic.engine.stats()["rx_dropped"] == 1
+
+
+def test_a_receive_chain_may_split_the_header(nic: Nic) -> None:
+    cuts = [(RX_BUFFERS, 3, WRITE), (RX_BUFFERS + 3, 8, WRITE), (RX_BUFFERS + 11, 500, WRITE)]
+    nic.rx.offer(nic.rx.chain(cuts))
+    nic.arrive(b"frame")
+    assert nic.serve() == 0
+    assert nic.received() == [(0, header(1) + b"frame")]
+
+
+def test_a_receive_chain_of_all_descriptors_works(make_nic: MakeNic) -> None:
+    # 1024 buffers and the spare are one more than readv(2) takes.
+    nic = make_nic()
+    nic.rx = RingDriver(nic.memory, size=1024, base=0x30000)
+    queue = nic.rx.queue()
+    nic.rx.offer(nic.rx.chain([(RX_BUFFERS, 16, WRITE)] * 1024))
+    engine = NetEngine(
+        nic.memory, nic.tap.fileno(), rx=queue, tx=nic.tx_queue, rx_kick=nic.rx_kick,
+        tx_kick=nic.tx_kick, rx_irq=nic.rx_irq, tx_irq=None, fault=nic.fault, mergeable=True,
+    )  # fmt: skip
+    nic.arrive(b"x" * (1023 * 16 - HEADER_BYTES))
+    nic.arrive(b"x")
+    assert lib.net_engine_serve(engine._c) == 0
+    assert nic.rx.take_used() == [(0, 1023 * 16)]
+    engine.close()
+
+
+def test_many_packets_in_a_row_walk_around_the_ring(nic: Nic) -> None:
+    for round_ in range(40):
+        nic.offer_rx(100)
+        for index in range(50):
+            nic.arrive(bytes([round_, index]) * 600)
+        nic.rx_kick.signal()
+        assert nic.serve() == 0
+        data = b"".join(piece for _, piece in nic.received())
+        one = header(2) + bytes(1200)
+        assert len(data) == 50 * len(one)
+        frames = [data[at + 12 : at + 14] for at in range(0, len(data), len(one))]
+        assert frames == [bytes([round_, index]) for index in range(50)]
+    assert nic.engine.stats()["rx_dropped"] == 0
+
+
+def test_a_burst_into_finely_cut_buffers_loses_nothing(nic: Nic) -> None:
+    # 60 packets of 17 buffers each are more than the engine's array: it moves to its front.
+    head = nic.rx.chain([(RX_BUFFERS + 64 * index, 64, WRITE) for index in range(17)])
+    nic.rx.offer(*[head] * 200)
+    lengths = [1000 - index for index in range(60)]
+    for length in lengths:
+        nic.arrive(bytes(length))
+    assert nic.serve() == 0
+    assert nic.rx.take_used() == [(head, length + HEADER_BYTES) for length in lengths]
+
+
+def test_packets_wait_in_the_tap_while_the_ring_is_empty(nic: Nic) -> None:
+    nic.arrive(b"waits")
+    assert nic.serve() == 0
+    assert nic.received() == []
+    nic.offer_rx(1)
+    assert nic.serve() == 0
+    assert nic.received() == []  # nobody kicked
+    nic.rx_kick.signal()
+    assert nic.serve() == 0
+    assert nic.received() == [(0, header(1) + b"waits")]
+    assert nic.engine.stats()["rx_dropped"] == 0
+
+
+def test_kicks_are_asked_for_only_while_the_receive_ring_is_empty(nic: Nic) -> None:
+    nic.offer_rx(1)
+    nic.arrive(b"x")
+    nic.arrive(b"y")
+    assert nic.serve() == 0
+    assert nic.rx.used_flags == 0
+    nic.offer_rx(5)
+    nic.rx_kick.signal()
+    assert nic.serve() == 0
+    assert nic.rx.used_flags == 1
+
+
+def test_a_runt_without_a_whole_header_is_dropped(nic: Nic) -> None:
+    nic.offer_rx(1)
+    nic.wire.send(b"short")
+    assert nic.serve() == 0
+    assert nic.received() == []
+    assert nic.engine.stats()["rx_dropped"] == 1
+
+
+def test_one_interrupt_covers_a_burst(nic: Nic) -> None:
+    nic.offer_rx(30)
+    for _ in range(30):
+        nic.arrive(b"x")
+    assert nic.serve() == 0
+    assert len(nic.received()) == 30
+    assert nic.rx_irq.drain() == 1
+    assert nic.engine.stats()["rx_interrupts"] == 1
+
+
+def test_event_idx_suppresses_receive_interrupts(make_nic: MakeNic) -> None:
+    nic = make_nic(event_idx=True)
+    nic.offer_rx(9)
+    nic.rx.set_used_event(7)
+    for _ in range(9):
+        nic.arrive(b"x")
+        assert nic.serve() == 0
+    assert nic.rx_irq.drain() == 1
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        pytest.param([(RX_BUFFERS, 11, WRITE)], id="shorter than a header"),
+        pytest.param([(RX_BUFFERS, 0, WRITE)], id="empty"),
+        pytest.param([(RX_BUFFERS, 64, 0)], id="not writable"),
+        pytest.param([(RX_BUFFERS, 64, 0), (RX_BUFFERS, 2048, WRITE)], id="partly readable"),
+        pytest.param([(MEMORY - 1, 64, WRITE)], id="leaves memory"),
+    ],
+)
+def test_a_bad_receive_chain_breaks_the_ring(nic: Nic, buffers: list[tuple[int, int, int]]) -> None:
+    nic.rx.offer(nic.rx.chain(buffers))
+    nic.arrive(b"x")
+    assert nic.serve() == -errno.EPROTO
+    assert nic.rx_queue.is_broken
+
+
+def test_a_sent_packet_reaches_the_wire_whole(nic: Nic) -> None:
+    nic.send(HEADER + b"payload", cuts=(5, 12, 14))
+    assert nic.serve() == 0
+    assert nic.wire.recv(100) == HEADER + b"payload"
+    assert nic.tx.take_used() == [(0, 0)]
+    assert nic.tx_irq.drain() == 1
+    assert nic.engine.stats()["tx_bytes"] == 7
+
+
+@pytest.mark.parametrize("length", [1, HEADER_BYTES - 1, MAX_PACKET_BYTES + 1])
+def test_a_malformed_packet_is_completed_and_counted(nic: Nic, length: int) -> None:
+    nic.send(bytes(length))
+    assert nic.serve() == 0
+    assert nic.tx.take_used() == [(0, 0)]
+    assert nic.engine.stats()["tx_malformed"] == 1
+    with pytest.raises(BlockingIOError):
+        nic.wire.recv(1)
+
+
+@pytest.mark.parametrize("buffers", [[(TX_BUFFER, 64, WRITE)], [(TX_BUFFER, 0, 0)]])
+def test_a_packet_without_readable_bytes_is_completed_and_counted(
+    nic: Nic, buffers: list[tuple[int, int, int]]
+) -> None:
+    nic.tx.offer(nic.tx.chain(buffers))
+    assert nic.serve() == 0
+    assert nic.tx.take_used() == [(0, 0)]
+    assert nic.engine.stats()["tx_malformed"] == 1
+
+
+def test_a_packet_with_a_writable_tail_is_malformed(nic: Nic) -> None:
+    nic.tx.offer(nic.tx.chain([(TX_BUFFER, 64, 0), (TX_BUFFER, 64, WRITE)]))
+    assert nic.serve() == 0
+    assert nic.engine.stats()["tx_malformed"] == 1
+
+
+def test_what_a_full_tap_refuses_is_dropped_and_completed(nic: Nic) -> None:
+    nic.tap.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    for _ in range(10):
+        nic.send(HEADER + bytes(1500))
+        assert nic.serve() == 0
+    assert len(nic.tx.take_used()) == 10
+    stats = nic.engine.stats()
+    assert stats["tx_dropped"] > 0
+    assert stats["tx_packets"] + stats["tx_dropped"] == 10
+    assert nic.engine.fault is EngineFault.NONE
+
+
+def test_a_broken_transmit_ring_ends_the_run(nic: Nic) -> None:
+    with running(nic.engine) as thread:
+        nic.tx.set_avail_idx(17)
+        nic.tx_kick.signal()
+        wait_signal(nic.fault)
+    assert thread.stopped is False
+    assert nic.engine.fault is EngineFault.RING
+
+
+def test_a_tap_that_goes_away_is_reported_once_and_sending_goes_on(nic: Nic) -> None:
+    nic.offer_rx(4)
+    with running(nic.engine) as thread:
+        nic.wire.close()
+        assert wait_signal(nic.fault) == 1
+        assert nic.engine.fault is EngineFault.BACKEND
+        nic.send(HEADER + b"lost")
+        nic.tx_kick.signal()
+        wait_until(nic.tx_irq, lambda: nic.tx.used_idx == 1)
+    assert thread.stopped is True
+    assert nic.engine.stats()["tx_dropped"] == 1
+    assert nic.fault.drain() == 0
+
+
+def test_both_directions_run_until_stopped(nic: Nic) -> None:
+    nic.offer_rx(200)
+    nic.wire.setblocking(True)
+    with running(nic.engine) as thread:
+        for index in range(50):
+            nic.arrive(bytes([index]) * 60)
+            nic.send(HEADER + bytes([index]) * 40)
+            nic.tx_kick.signal()
+            assert nic.wire.recv(100) == HEADER + bytes([index]) * 40
+        wait_until(nic.rx_irq, lambda: nic.rx.used_idx == 50)
+    assert thread.stopped is True
+    assert [data[12] for _, data in nic.received()] == list(range(50))
+
+
+def test_a_quiesce_leaves_nothing_popped(nic: Nic) -> None:
+    nic.offer_rx(256)
+    with running(nic.engine):
+        for _ in range(100):
+            nic.arrive(b"x" * 60)
+            nic.engine.quiesce()
+            for queue, driver in ((nic.rx_queue, nic.rx), (nic.tx_queue, nic.tx)):
+                state = queue.state
+                assert state.next_avail == state.next_used == driver.used_idx
+            nic.engine.resume()
+        wait_until(nic.rx_irq, lambda: nic.rx.used_idx == 100)
+
+
+def test_packets_wait_for_a_resume(nic: Nic) -> None:
+    nic.offer_rx(4)
+    with running(nic.engine):
+        nic.engine.quiesce()
+        nic.arrive(b"later")
+        nic.send(HEADER + b"also later")
+        nic.tx_kick.signal()
+        assert (nic.rx.used_idx, nic.tx.used_idx) == (0, 0)
+        nic.engine.resume()
+        wait_until(nic.rx_irq, lambda: nic.rx.used_idx == 1)
+        wait_until(nic.tx_irq, lambda: nic.tx.used_idx == 1)
+
+
+def test_a_socket_is_no_tap_to_configure(nic: Nic) -> None:
+    with pytest.raises(OSError):  # noqa: PT011 - which errno is the kernel's business
+        configure_tap(nic.tap.fileno(), 0)
+
+
+def test_every_counter_is_reported(nic: Nic) -> None:
+    assert len(nic.engine.stats()) * 8 == ffi.sizeof("struct net_stats")
+    assert set(nic.engine.stats().values()) == {0}

@@ -3,8 +3,8 @@
 /*
  * The kernel's KVM interface, plus what the headers of an older distribution lack.
  *
- * A missing ioctl is 0 and a missing capability is -1 (0 is a real one: KVM_CAP_IRQCHIP). Both mean "not
- * built in"; Python turns them into CapabilityMissing. Numbers are never typed by hand.
+ * A missing ioctl is 0 and a missing capability is -1 (0 is a real one: KVM_CAP_IRQCHIP). Both mean
+ * "not built in"; Python turns them into CapabilityMissing. Numbers are never typed by hand.
  */
 #ifndef HOSTEL_COMPAT_H
 #define HOSTEL_COMPAT_H

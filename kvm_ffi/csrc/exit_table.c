@@ -48,7 +48,8 @@ struct exit_table {
 
 struct exit_table *exit_table_create(uint8_t *pci_config)
 {
-	struct exit_table *table = mmap(NULL, sizeof(*table), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct exit_table *table =
+	    mmap(NULL, sizeof(*table), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (table == MAP_FAILED)
 		return NULL;
@@ -78,7 +79,8 @@ int exit_table_set_pio(struct exit_table *table, uint32_t port, uint32_t length,
 static void begin_update(struct exit_table *table)
 {
 	STORE(table->sequence, table->sequence + 1);
-	/* Pairs with the acquire fence at the end of is_claimed_mmio(): odd is seen before any new range. */
+	/* Pairs with the acquire fence at the end of is_claimed_mmio(): odd is seen before any new
+	 * range. */
 	__atomic_thread_fence(__ATOMIC_RELEASE);
 }
 
@@ -96,7 +98,7 @@ static void set_range(struct mmio_range *range, struct mmio_range value)
 
 int exit_table_claim_mmio(struct exit_table *table, uint64_t gpa, uint64_t length)
 {
-	struct mmio_range claim = { .start = gpa, .last = gpa + length - 1 };
+	struct mmio_range claim = {.start = gpa, .last = gpa + length - 1};
 	uint32_t n = table->n_ranges;
 	uint32_t at = 0;
 
@@ -142,8 +144,9 @@ int exit_table_attach_uart(struct exit_table *table, struct uart16550 *uart, uin
 		return -ERANGE;
 	if (n == EXIT_TABLE_MAX_UARTS)
 		return -ENOSPC;
-	table->uarts[n] = (struct uart_at){ .uart = uart, .port = port };
-	/* Pairs with the acquire load in exit_table_pio(): the entry is complete before it counts. */
+	table->uarts[n] = (struct uart_at){.uart = uart, .port = port};
+	/* Pairs with the acquire load in exit_table_pio(): the entry is complete before it counts.
+	 */
 	__atomic_store_n(&table->n_uarts, n + 1, __ATOMIC_RELEASE);
 	return 0;
 }
@@ -162,10 +165,12 @@ void exit_table_set_pci_present(struct exit_table *table, uint32_t slot, bool is
 	uint32_t present = LOAD(table->pci_present);
 
 	/* Release: config space is filled in before the slot shows up. */
-	__atomic_store_n(&table->pci_present, is_present ? present | bit : present & ~bit, __ATOMIC_RELEASE);
+	__atomic_store_n(&table->pci_present, is_present ? present | bit : present & ~bit,
+			 __ATOMIC_RELEASE);
 }
 
-void exit_table_trap_pci_reads(struct exit_table *table, uint32_t slot, uint32_t start, uint32_t end)
+void exit_table_trap_pci_reads(struct exit_table *table, uint32_t slot, uint32_t start,
+			       uint32_t end)
 {
 	STORE(table->pci_traps[slot % EXIT_TABLE_PCI_SLOTS], start << 16 | end);
 }
@@ -181,8 +186,9 @@ void exit_table_set_pci_address(struct exit_table *table, uint32_t address)
 }
 
 /* reg + size <= EXIT_TABLE_PCI_SLOT_SIZE is the callers' business. */
-static enum access_result pci_access(struct exit_table *table, uint32_t slot, uint32_t reg, uint32_t size,
-				     bool is_write, uint8_t *data, uint64_t *pci_addr)
+static enum access_result pci_access(struct exit_table *table, uint32_t slot, uint32_t reg,
+				     uint32_t size, bool is_write, uint8_t *data,
+				     uint64_t *pci_addr)
 {
 	uint32_t trap;
 
@@ -202,14 +208,15 @@ static enum access_result pci_access(struct exit_table *table, uint32_t slot, ui
 }
 
 /* Ports 0xcf8..0xcff: PCI Local Bus 3.0, 3.2.2.3.2. */
-static enum access_result pci_port(struct exit_table *table, uint16_t port, uint32_t size, bool is_write,
-				   uint8_t *data, uint64_t *pci_addr)
+static enum access_result pci_port(struct exit_table *table, uint16_t port, uint32_t size,
+				   bool is_write, uint8_t *data, uint64_t *pci_addr)
 {
 	uint32_t address = LOAD(table->pci_address);
 	uint32_t byte = port & 3u;
 
 	if (port < PCI_CONFIG_DATA) {
-		/* Only a whole dword is the latch; narrower accesses are other devices' (reset control at 0xcf9). */
+		/* Only a whole dword is the latch; narrower accesses are other devices' (reset
+		 * control at 0xcf9). */
 		if (port != PCI_CONFIG_ADDRESS || size != 4)
 			return ACCESS_UNCLAIMED;
 		if (is_write) {
@@ -220,17 +227,20 @@ static enum access_result pci_port(struct exit_table *table, uint16_t port, uint
 		}
 		return ACCESS_PCI;
 	}
-	if (!(address & PCI_ADDRESS_ENABLE) || (address & PCI_ADDRESS_ELSEWHERE) || byte + size > 4) {
+	if (!(address & PCI_ADDRESS_ENABLE) || (address & PCI_ADDRESS_ELSEWHERE) ||
+	    byte + size > 4) {
 		if (!is_write)
 			memset(data, 0xff, size);
 		return ACCESS_PCI;
 	}
-	return pci_access(table, address >> 11 & 31, (address & 0xfc) + byte, size, is_write, data, pci_addr);
+	return pci_access(table, address >> 11 & 31, (address & 0xfc) + byte, size, is_write, data,
+			  pci_addr);
 }
 
-/* PCI Express Base 5.0, 7.2.2: accesses that cross a dword are undefined; here they read as stored and write nothing. */
-static enum access_result ecam_access(struct exit_table *table, uint64_t offset, uint32_t size, bool is_write,
-				      uint8_t *data, uint64_t *pci_addr)
+/* PCI Express Base 5.0, 7.2.2: accesses that cross a dword are undefined; here they read as stored
+ * and write nothing. */
+static enum access_result ecam_access(struct exit_table *table, uint64_t offset, uint32_t size,
+				      bool is_write, uint8_t *data, uint64_t *pci_addr)
 {
 	uint32_t reg = (uint32_t)offset & (EXIT_TABLE_PCI_SLOT_SIZE - 1);
 
@@ -241,11 +251,13 @@ static enum access_result ecam_access(struct exit_table *table, uint64_t offset,
 	}
 	if (is_write && (size == 3 || (reg & 3) + size > 4))
 		return ACCESS_PCI;
-	return pci_access(table, (uint32_t)(offset >> 15) & 31, reg, size, is_write, data, pci_addr);
+	return pci_access(table, (uint32_t)(offset >> 15) & 31, reg, size, is_write, data,
+			  pci_addr);
 }
 
 /* An 8-bit device sees a wide access as one per byte, as on ISA. */
-static void uart_access(const struct uart_at *at, uint32_t offset, uint32_t size, bool is_write, uint8_t *data)
+static void uart_access(const struct uart_at *at, uint32_t offset, uint32_t size, bool is_write,
+			uint8_t *data)
 {
 	for (uint32_t i = 0; i < size; i++) {
 		if (is_write)
@@ -255,8 +267,8 @@ static void uart_access(const struct uart_at *at, uint32_t offset, uint32_t size
 	}
 }
 
-enum access_result exit_table_pio(struct exit_table *table, uint16_t port, uint32_t size, bool is_write,
-				  uint8_t *data, uint64_t *pci_addr)
+enum access_result exit_table_pio(struct exit_table *table, uint16_t port, uint32_t size,
+				  bool is_write, uint8_t *data, uint64_t *pci_addr)
 {
 	/* Guest-controlled: port, size (1, 2 or 4 by KVM), data. */
 	uint32_t n_uarts = __atomic_load_n(&table->n_uarts, __ATOMIC_ACQUIRE);
@@ -315,8 +327,8 @@ static bool is_claimed_mmio(struct exit_table *table, uint64_t gpa)
 	return is_claimed;
 }
 
-enum access_result exit_table_mmio(struct exit_table *table, uint64_t gpa, uint32_t size, bool is_write,
-				   uint8_t *data, uint64_t *pci_addr)
+enum access_result exit_table_mmio(struct exit_table *table, uint64_t gpa, uint32_t size,
+				   bool is_write, uint8_t *data, uint64_t *pci_addr)
 {
 	/* Guest-controlled: gpa, size (1 to 8 by KVM), data. */
 	uint64_t ecam_length = __atomic_load_n(&table->ecam_length, __ATOMIC_ACQUIRE);

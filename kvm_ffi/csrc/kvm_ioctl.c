@@ -22,26 +22,27 @@ int kvm_ioctl_ptr(int fd, unsigned long request, void *arg)
 
 int kvm_get_dirty_log(int vm_fd, uint32_t slot, void *bitmap)
 {
-	struct kvm_dirty_log log = { .slot = slot, .dirty_bitmap = bitmap };
+	struct kvm_dirty_log log = {.slot = slot, .dirty_bitmap = bitmap};
 
 	return kvm_ioctl_ptr(vm_fd, KVM_GET_DIRTY_LOG, &log);
 }
 
 int kvm_set_irq_line(int vm_fd, uint32_t gsi, uint32_t level)
 {
-	struct kvm_irq_level line = { .irq = gsi, .level = level };
+	struct kvm_irq_level line = {.irq = gsi, .level = level};
 
 	return kvm_ioctl_ptr(vm_fd, KVM_IRQ_LINE, &line);
 }
 
 int kvm_coalesced_zone(int vm_fd, unsigned long request, uint64_t addr, uint32_t size, int is_pio)
 {
-	struct kvm_coalesced_mmio_zone zone = { .addr = addr, .size = size, .pio = is_pio ? 1 : 0 };
+	struct kvm_coalesced_mmio_zone zone = {.addr = addr, .size = size, .pio = is_pio ? 1 : 0};
 
 	return kvm_ioctl_ptr(vm_fd, request, &zone);
 }
 
-void kvm_route_to_irqchip(struct kvm_irq_routing_entry *entry, uint32_t gsi, uint32_t irqchip, uint32_t pin)
+void kvm_route_to_irqchip(struct kvm_irq_routing_entry *entry, uint32_t gsi, uint32_t irqchip,
+			  uint32_t pin)
 {
 	memset(entry, 0, sizeof(*entry));
 	entry->gsi = gsi;
@@ -50,7 +51,8 @@ void kvm_route_to_irqchip(struct kvm_irq_routing_entry *entry, uint32_t gsi, uin
 	entry->u.irqchip.pin = pin;
 }
 
-void kvm_route_to_msi(struct kvm_irq_routing_entry *entry, uint32_t gsi, uint64_t address, uint32_t data)
+void kvm_route_to_msi(struct kvm_irq_routing_entry *entry, uint32_t gsi, uint64_t address,
+		      uint32_t data)
 {
 	memset(entry, 0, sizeof(*entry));
 	entry->gsi = gsi;

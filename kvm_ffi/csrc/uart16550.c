@@ -8,55 +8,39 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 
-/* Register offsets, and the bits of each that have an effect here (PC16550D data sheet, table II). */
+/* Registers, and the bits that have an effect here (PC16550D data sheet, table II). */
 enum {
-	REG_DATA = 0, /* RBR, THR; DLL when LCR_DLAB */
-	REG_IER = 1, /* DLM when LCR_DLAB */
-	REG_IIR_FCR = 2,
-	REG_LCR = 3,
-	REG_MCR = 4,
-	REG_LSR = 5,
-	REG_MSR = 6,
-	REG_SCR = 7,
-
-	IER_RX = 0x01,
-	IER_THRE = 0x02,
-	IER_LINE = 0x04,
-	IER_MODEM = 0x08,
-	IER_MASK = 0x0f,
-
+	REG_DATA, /* RBR, THR; DLL when LCR_DLAB */
+	REG_IER, /* DLM when LCR_DLAB */
+	REG_IIR_FCR,
+	REG_LCR,
+	REG_MCR,
+	REG_LSR,
+	REG_MSR,
+	REG_SCR
+};
+enum { IER_RX = 0x01, IER_THRE = 0x02, IER_LINE = 0x04, IER_MODEM = 0x08, IER_MASK = 0x0f };
+enum {
 	IIR_MODEM = 0x00,
 	IIR_NONE = 0x01,
 	IIR_THRE = 0x02,
 	IIR_RX = 0x04,
 	IIR_LINE = 0x06,
 	IIR_RX_TIMEOUT = 0x0c,
-	IIR_FIFO = 0xc0,
-
-	FCR_ENABLE = 0x01,
-	FCR_RESET_RX = 0x02,
-
-	LCR_DLAB = 0x80,
+	IIR_FIFO = 0xc0
+};
+enum { FCR_ENABLE = 0x01, FCR_RESET_RX = 0x02, FIFO_DEPTH = 16 };
+enum { LCR_DLAB = 0x80 };
+enum {
 	MCR_DTR = 0x01,
 	MCR_RTS = 0x02,
 	MCR_OUT1 = 0x04,
 	MCR_OUT2 = 0x08,
 	MCR_LOOP = 0x10,
-	MCR_MASK = 0x1f,
-
-	LSR_DATA_READY = 0x01,
-	LSR_OVERRUN = 0x02,
-	LSR_THRE = 0x20,
-	LSR_IDLE = 0x40,
-
-	MSR_TERI = 0x04,
-	MSR_CTS = 0x10,
-	MSR_DSR = 0x20,
-	MSR_RI = 0x40,
-	MSR_DCD = 0x80,
-
-	FIFO_DEPTH = 16,
+	MCR_MASK = 0x1f
 };
+enum { LSR_DATA_READY = 0x01, LSR_OVERRUN = 0x02, LSR_THRE = 0x20, LSR_IDLE = 0x40 };
+enum { MSR_TERI = 0x04, MSR_CTS = 0x10, MSR_DSR = 0x20, MSR_RI = 0x40, MSR_DCD = 0x80 };
 
 struct uart16550 {
 	pthread_mutex_t lock;
@@ -82,7 +66,8 @@ struct uart16550 {
 
 struct uart16550 *uart16550_create(int irq_fd, int output_fd)
 {
-	struct uart16550 *uart = mmap(NULL, sizeof(*uart), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct uart16550 *uart =
+	    mmap(NULL, sizeof(*uart), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (uart == MAP_FAILED)
 		return NULL;
@@ -110,7 +95,8 @@ void uart16550_disconnect(struct uart16550 *uart)
 
 static void signal_fd(int fd)
 {
-	/* It can fail only with EAGAIN on a full counter, and then the reader has been woken already. */
+	/* It can fail only with EAGAIN on a full counter, and then the reader has been woken
+	 * already. */
 	if (fd >= 0)
 		(void)eventfd_write(fd, 1);
 }
@@ -122,7 +108,7 @@ static uint32_t rx_depth(const struct uart16550 *uart)
 
 static uint32_t rx_trigger(const struct uart16550 *uart)
 {
-	static const uint8_t levels[] = { 1, 4, 8, 14 };
+	static const uint8_t levels[] = {1, 4, 8, 14};
 
 	return (uart->fcr & FCR_ENABLE) ? levels[uart->fcr >> 6] : 1;
 }
@@ -167,7 +153,8 @@ static uint8_t iir_id(const struct uart16550 *uart)
 	if ((uart->ier & IER_LINE) && uart->is_overrun)
 		return IIR_LINE;
 	if ((uart->ier & IER_RX) && uart->fifo_count)
-		/* The line is idle once the FIFO has what there is, so the four-character timeout is now. */
+		/* The line is idle once the FIFO has what there is, so the four-character timeout
+		 * is now. */
 		return uart->fifo_count >= rx_trigger(uart) ? IIR_RX : IIR_RX_TIMEOUT;
 	if ((uart->ier & IER_THRE) && uart->thre_pending)
 		return IIR_THRE;
@@ -211,7 +198,8 @@ static void write_mcr(struct uart16550 *uart, uint8_t value)
 	uart->mcr = value & MCR_MASK;
 	changed = (uint8_t)((before ^ msr_lines(uart)) >> 4);
 	if (!(before & MSR_RI))
-		changed &= (uint8_t)~MSR_TERI; /* only the trailing edge of the ring indicator counts */
+		changed &=
+		    (uint8_t)~MSR_TERI; /* only the trailing edge of the ring indicator counts */
 	uart->msr_delta |= changed;
 }
 
@@ -366,8 +354,10 @@ uint32_t uart16550_take_output(struct uart16550 *uart, void *buf, uint32_t size)
 	memcpy(buf, uart->output + uart->output_head, first);
 	memcpy((uint8_t *)buf + first, uart->output, n - first);
 	uart->output_count -= n;
-	/* An empty ring starts over at its first page: a console that is drained never touches the rest. */
-	uart->output_head = uart->output_count ? (uart->output_head + n) % UART16550_OUTPUT_SIZE : 0;
+	/* An empty ring starts over at its first page: a console that is drained never touches the
+	 * rest. */
+	uart->output_head =
+	    uart->output_count ? (uart->output_head + n) % UART16550_OUTPUT_SIZE : 0;
 	if (n && uart->output_count)
 		signal_fd(uart->output_fd);
 	pthread_mutex_unlock(&uart->lock);
@@ -396,7 +386,8 @@ uint32_t uart16550_put_input(struct uart16550 *uart, const void *buf, uint32_t s
 	if (n > size)
 		n = size;
 	for (i = 0; i < n; i++)
-		uart->input[(uart->input_head + uart->input_count + i) % UART16550_INPUT_SIZE] = bytes[i];
+		uart->input[(uart->input_head + uart->input_count + i) % UART16550_INPUT_SIZE] =
+		    bytes[i];
 	uart->input_count += n;
 	rx_refill(uart);
 	update_irq(uart);

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Copyright the Hostel authors */
 /*
- * A 16550A UART (PC16550D data sheet). Registers are served on vCPU threads, the byte streams on the control
- * thread; one mutex covers all of it and is held for no longer than a copy and an eventfd write.
+ * A 16550A UART (PC16550D data sheet). Registers are served on vCPU threads, the byte streams on
+ * the control thread; one mutex covers all of it and is held for no longer than a copy and an
+ * eventfd write.
  *
- * A vCPU never waits: output that finds the ring full is dropped and counted, input waits in a host-side buffer.
+ * A vCPU never waits: output that finds the ring full is dropped and counted, input waits in a
+ * host-side buffer.
  */
 #ifndef HOSTEL_UART16550_H
 #define HOSTEL_UART16550_H
@@ -22,7 +24,8 @@ struct uart16550;
 /*
  * irq_fd: eventfd written on each rising edge of the interrupt condition, or -1.
  * output_fd: eventfd written when the output ring turns non-empty, or -1.
- * Both stay the caller's and stay open until uart16550_disconnect(). Returns NULL when out of memory.
+ * Both stay the caller's and stay open until uart16550_disconnect(). Returns NULL when out of
+ * memory.
  */
 struct uart16550 *uart16550_create(int irq_fd, int output_fd);
 void uart16550_destroy(struct uart16550 *uart);

@@ -33,7 +33,8 @@ int vcpu_deinit(struct vcpu *vcpu)
 {
 	int nobody = 0;
 
-	if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, CLOSED, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+	if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, CLOSED, false, __ATOMIC_SEQ_CST,
+					 __ATOMIC_SEQ_CST))
 		return -EBUSY;
 	munmap(vcpu->run, vcpu->run_size);
 	vcpu->run = NULL;
@@ -47,7 +48,8 @@ static void count(struct vcpu *vcpu, unsigned int counter)
 }
 
 /* Turns an access into an exit for Python. data stays valid until the next KVM_RUN. */
-static int hand_out(struct vcpu *vcpu, int read_kind, uint64_t addr, uint32_t size, bool is_write, uint8_t *data)
+static int hand_out(struct vcpu *vcpu, int read_kind, uint64_t addr, uint32_t size, bool is_write,
+		    uint8_t *data)
 {
 	struct vcpu_exit *exit = &vcpu->exit;
 
@@ -91,7 +93,8 @@ static int handle_pio(struct vcpu *vcpu)
 	uint64_t pci_addr = 0;
 
 	for (; vcpu->next_element < vcpu->elements; data += size) {
-		enum access_result result = exit_table_pio(vcpu->table, port, size, is_write, data, &pci_addr);
+		enum access_result result =
+		    exit_table_pio(vcpu->table, port, size, is_write, data, &pci_addr);
 
 		vcpu->next_element++;
 		if (result == ACCESS_PYTHON)
@@ -111,12 +114,14 @@ static int handle_mmio(struct vcpu *vcpu)
 	uint32_t size = run->mmio.len;
 	bool is_write = run->mmio.is_write;
 	uint64_t pci_addr = 0;
-	enum access_result result = exit_table_mmio(vcpu->table, gpa, size, is_write, run->mmio.data, &pci_addr);
+	enum access_result result =
+	    exit_table_mmio(vcpu->table, gpa, size, is_write, run->mmio.data, &pci_addr);
 
 	if (result == ACCESS_PYTHON)
 		return hand_out(vcpu, EXIT_MMIO_READ, gpa, size, is_write, run->mmio.data);
 	if (result == ACCESS_PCI_PYTHON)
-		return hand_out(vcpu, EXIT_PCI_CONFIG_READ, pci_addr, size, is_write, run->mmio.data);
+		return hand_out(vcpu, EXIT_PCI_CONFIG_READ, pci_addr, size, is_write,
+				run->mmio.data);
 	return serve(vcpu, result, COUNT_MMIO_UNCLAIMED);
 }
 
@@ -140,16 +145,19 @@ static int handle_other(struct vcpu *vcpu)
 	case KVM_EXIT_SHUTDOWN:
 		return EXIT_SHUTDOWN;
 	case KVM_EXIT_SYSTEM_EVENT:
-		fill_data(exit, run->system_event.type, run->system_event.ndata, run->system_event.data);
+		fill_data(exit, run->system_event.type, run->system_event.ndata,
+			  run->system_event.data);
 		return EXIT_SYSTEM_EVENT;
 	case KVM_EXIT_FAIL_ENTRY:
-		fill_data(exit, run->fail_entry.cpu, 1, &run->fail_entry.hardware_entry_failure_reason);
+		fill_data(exit, run->fail_entry.cpu, 1,
+			  &run->fail_entry.hardware_entry_failure_reason);
 		return EXIT_FAIL_ENTRY;
 	case KVM_EXIT_INTERNAL_ERROR:
 		fill_data(exit, run->internal.suberror, run->internal.ndata, run->internal.data);
 		return EXIT_INTERNAL_ERROR;
 	default:
-		fill_data(exit, run->exit_reason, run->exit_reason == KVM_EXIT_UNKNOWN, &run->hw.hardware_exit_reason);
+		fill_data(exit, run->exit_reason, run->exit_reason == KVM_EXIT_UNKNOWN,
+			  &run->hw.hardware_exit_reason);
 		return EXIT_UNKNOWN;
 	}
 }
@@ -187,7 +195,8 @@ static int run_until_exit(struct vcpu *vcpu)
 			kind = handle_exit(vcpu);
 		else if (errno == EINTR)
 			kind = EXIT_KICKED;
-		else if (errno != EAGAIN) /* a vCPU that waits for its INIT has been woken: go on waiting */
+		else if (errno !=
+			 EAGAIN) /* a vCPU that waits for its INIT has been woken: go on waiting */
 			return -errno;
 	}
 	vcpu->exit.kind = kind;
@@ -196,18 +205,21 @@ static int run_until_exit(struct vcpu *vcpu)
 }
 
 /*
- * Why no kick is lost. vcpu_kick() stores immediate_exit, then reads tid; vcpu_run() stores tid, then KVM_RUN reads
- * immediate_exit. Both orders are sequentially consistent, so at least one side sees the other:
+ * Why no kick is lost. vcpu_kick() stores immediate_exit, then reads tid; vcpu_run() stores tid,
+ * then KVM_RUN reads immediate_exit. Both orders are sequentially consistent, so at least one side
+ * sees the other:
  *  - the kicker saw no tid: KVM_RUN will see immediate_exit and return -EINTR at once;
- *  - the kicker saw the tid and signals. Before the ioctl, the empty handler runs and KVM_RUN sees immediate_exit;
- *    inside it, a pending signal ends it. A thread that has left vcpu_run() in between runs the empty handler.
+ *  - the kicker saw the tid and signals. Before the ioctl, the empty handler runs and KVM_RUN sees
+ * immediate_exit; inside it, a pending signal ends it. A thread that has left vcpu_run() in between
+ * runs the empty handler.
  */
 int vcpu_run(struct vcpu *vcpu)
 {
 	int nobody = 0;
 	int ret;
 
-	if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, gettid(), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+	if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, gettid(), false, __ATOMIC_SEQ_CST,
+					 __ATOMIC_SEQ_CST))
 		return -EBUSY;
 	ret = run_until_exit(vcpu);
 	__atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
@@ -237,8 +249,9 @@ static void do_nothing(int signal)
 
 int vcpu_install_kick_signal(void)
 {
-	/* KVM_RUN returns -EINTR whatever the flags; anything else the signal may hit shall go on. */
-	struct sigaction action = { .sa_handler = do_nothing, .sa_flags = SA_RESTART };
+	/* KVM_RUN returns -EINTR whatever the flags; anything else the signal may hit shall go on.
+	 */
+	struct sigaction action = {.sa_handler = do_nothing, .sa_flags = SA_RESTART};
 
 	return sigaction(SIGRTMIN, &action, NULL) < 0 ? -errno : 0;
 }
@@ -248,7 +261,8 @@ int vcpu_take_coalesced(struct vcpu *vcpu, uint32_t ring_page, struct coalesced_
 	size_t page_size = (size_t)sysconf(_SC_PAGESIZE);
 	size_t offset = ring_page * page_size;
 	struct kvm_coalesced_mmio_ring *ring = (void *)((uint8_t *)vcpu->run + offset);
-	uint32_t entries = (uint32_t)((page_size - sizeof(*ring)) / sizeof(ring->coalesced_mmio[0]));
+	uint32_t entries =
+	    (uint32_t)((page_size - sizeof(*ring)) / sizeof(ring->coalesced_mmio[0]));
 	const struct kvm_coalesced_mmio *entry;
 	uint32_t first;
 
@@ -259,8 +273,10 @@ int vcpu_take_coalesced(struct vcpu *vcpu, uint32_t ring_page, struct coalesced_
 	if (first >= entries || first == __atomic_load_n(&ring->last, __ATOMIC_ACQUIRE))
 		return 0;
 	entry = &ring->coalesced_mmio[first];
-	*ret = (struct coalesced_write){ .addr = entry->phys_addr, .len = entry->len, .is_pio = entry->pio };
-	memcpy(&ret->value, entry->data, entry->len < sizeof(ret->value) ? entry->len : sizeof(ret->value));
+	*ret = (struct coalesced_write){
+	    .addr = entry->phys_addr, .len = entry->len, .is_pio = entry->pio};
+	memcpy(&ret->value, entry->data,
+	       entry->len < sizeof(ret->value) ? entry->len : sizeof(ret->value));
 	/* Release: the slot is the kernel's again only after it has been read. */
 	__atomic_store_n(&ring->first, (first + 1) % entries, __ATOMIC_RELEASE);
 	return 1;

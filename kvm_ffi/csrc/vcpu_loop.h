@@ -3,8 +3,8 @@
 /*
  * Runs one vCPU until an exit that C cannot serve.
  *
- * struct kvm_run has anonymous unions whose layout cffi does not check, so Python never sees it: C fills in the
- * flat struct vcpu_exit instead.
+ * struct kvm_run has anonymous unions whose layout cffi does not check, so Python never sees it: C
+ * fills in the flat struct vcpu_exit instead.
  */
 #ifndef HOSTEL_VCPU_LOOP_H
 #define HOSTEL_VCPU_LOOP_H
@@ -27,7 +27,8 @@ enum vcpu_exit_kind {
 	EXIT_SYSTEM_EVENT, /* suberror = type */
 	EXIT_FAIL_ENTRY, /* data[0] = hardware reason, suberror = host CPU */
 	EXIT_INTERNAL_ERROR,
-	EXIT_UNKNOWN, /* suberror = KVM_EXIT_*, data[0] = hardware reason if that is KVM_EXIT_UNKNOWN */
+	EXIT_UNKNOWN, /* suberror = KVM_EXIT_*, data[0] = hardware reason if that is
+			 KVM_EXIT_UNKNOWN */
 	EXIT_PCI_CONFIG_READ, /* a trapped register; as EXIT_PIO_READ */
 	EXIT_KINDS,
 };
@@ -90,7 +91,8 @@ struct coalesced_write {
 	uint32_t is_pio;
 };
 
-/* Takes the oldest write from the VM's coalescing ring: 1, or 0 if there is none. ring_page: KVM_CAP_COALESCED_MMIO. */
+/* Takes the oldest write from the VM's coalescing ring: 1, or 0 if there is none. ring_page:
+ * KVM_CAP_COALESCED_MMIO. */
 int vcpu_take_coalesced(struct vcpu *vcpu, uint32_t ring_page, struct coalesced_write *ret);
 
 #endif

@@ -45,7 +45,7 @@ DISK_MODULES: Final = (
     "virtio_balloon",
     "virtio_mem",
     "virtio_input",
-    "pvpanic-pci",
+    "pvpanic-mmio",
     "vmw_vsock_virtio_transport",
     "fuse",
     "virtiofs",

@@ -71,3 +71,26 @@ test-fuzz: build
 
 test-kvm: build
 	$(PYTEST) tests/kvm
+
+# In the lab, which is a full host wherever this runs; never skipped there.
+test-guest: build guest
+	@echo "running tests/guest in the lab, an emulated AMD-V host"
+	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) \
+	   lab/lab run -m 4096 -t 1800 -- $(PYTEST) tests/guest
+
+# --- the main job, by hand and by eye
+
+demo: build guest
+	@$(BIN)/python lab/demo.py
+
+serve: build guest
+	@$(BIN)/python lab/serve.py
+
+# The kernel, initramfs and disk that guests boot; quick when they are there.
+guest: build
+	@$(BIN)/python -m lab.guests >/dev/null
+
+# --- speed and memory: ratios against a peer, no timed tests
+
+bench: build guest
+	@for name in exits create memory boot; do $(BIN)/python -m bench.$$name || exit 1; echo; done

@@ -271,6 +271,23 @@ def test_fault_of_before_a_reset_does_not_hit_the_next_driver(machine: Machine) 
     assert not machine.status & NEEDS_RESET
 
 
+def test_reset_in_the_middle_of_a_fault_wins(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reason_then_reset() -> str:
+        monkeypatch.undo()
+        machine.start()
+        return "the driver before broke it"
+
+    machine.start()
+    monkeypatch.setattr(machine.device, "fault_reason", reason_then_reset)
+    machine.post(0, [(DATA_GPA, 8, False)])
+    machine.kick(0)
+    machine.loop.dispatch()
+    machine.loop.dispatch()
+    assert not machine.status & NEEDS_RESET
+
+
 def test_driver_ok_at_needs_reset_is_refused(machine: Machine, vm: FakeVm) -> None:
     machine.enable_memory()
     machine.accept(VERSION_1)

@@ -101,7 +101,10 @@ class Zygote:
                 self._wake_read.recv(4096)
                 self._reap()
                 continue
-            message = protocol.receive(self._sock)
+            try:
+                message = protocol.receive(self._sock)
+            except ConnectionResetError:
+                return False  # hosteld died with an answer of ours unread
             if message is None:
                 return False
             try:

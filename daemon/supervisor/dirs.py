@@ -4,13 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import logging
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from .config import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class DirectoryInUse(ConfigError):
@@ -21,8 +26,8 @@ class DirectoryInUse(ConfigError):
 class Layout:
     """Where everything lies.
 
-    Under ``state``: hostel.db, kernels/, images/, staging/, vms/<id>/{console.log,worker.log,
-    disks/}. Under ``runtime``: vms/<id>/{control.sock,last_words,pid}.
+    Under ``state``: hostel.db, kernels/, images/, and for each VM vms/<id>/ with console.log,
+    worker.log and disks/. Under ``runtime``: vms/<id>/ with control.sock, last_words and pid.
     """
 
     state: Path
@@ -42,11 +47,6 @@ class Layout:
     def images(self) -> Path:
         """Imported images."""
         return self.state / "images"
-
-    @property
-    def staging(self) -> Path:
-        """Uploads and imports on their way; emptied at every start."""
-        return self.state / "staging"
 
     def vm_state(self, vm_id: str) -> Path:
         """A VM's part of the state directory."""
@@ -70,7 +70,6 @@ def prepare(layout: Layout) -> None:
     for path in (
         layout.kernels,
         layout.images,
-        layout.staging,
         layout.state / "vms",
         layout.runtime / "vms",
     ):
@@ -126,3 +125,32 @@ def lock(state: Path) -> int:
         os.close(fd)
         raise ConfigError(f"{path}: {err.strerror}") from err
     return fd
+
+
+class Reserve:
+    """Some space in the state directory, kept so that a delete works on a full file system."""
+
+    SIZE_BYTES: Final = 1 << 20
+
+    def __init__(self, state: Path) -> None:
+        self._path = state / "reserve"
+        self.hold()
+
+    def hold(self) -> None:
+        """Take the space, if it is not taken and there is that much."""
+        if self._path.exists():
+            return
+        try:
+            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, self.SIZE_BYTES)
+            finally:
+                os.close(fd)
+        except OSError as err:
+            log.warning("no space kept for deletes path=%s error=%s", self._path, err.strerror)
+            self.release()
+
+    def release(self) -> None:
+        """Give the space back."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)

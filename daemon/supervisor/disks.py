@@ -16,6 +16,7 @@ import fcntl
 import os
 import stat
 import struct
+from dataclasses import dataclass
 from typing import Final
 
 from api.errors import ApiError, Conflict, HostFailure, Invalid
@@ -27,8 +28,16 @@ _FLOCK: Final = struct.Struct("hhqqi4x")
 SECTOR_BYTES: Final = 512
 
 
-def inspect(path: str, field: str, *, read_only: bool) -> int:
-    """Return the size in bytes of a host file or block device that is to be a disk.
+@dataclass(frozen=True, slots=True)
+class HostDisk:
+    """A file or block device of the host; ``identity`` is the same for every path to it."""
+
+    size_bytes: int
+    identity: tuple[int, int]
+
+
+def inspect(path: str, field: str, *, read_only: bool) -> HostDisk:
+    """Look at a host file or block device that is to be a disk.
 
     Args:
         path: client-controlled, absolute.
@@ -47,8 +56,8 @@ def inspect(path: str, field: str, *, read_only: bool) -> int:
     except OSError as err:
         raise _open_error(err, path, field) from err
     try:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) and not stat.S_ISBLK(info.st_mode):
             raise Invalid(
                 "disk_kind", f"{path}: must be a regular file or a block device", field=field
             )
@@ -61,6 +70,44 @@ def inspect(path: str, field: str, *, read_only: bool) -> int:
             f"{path}: {size_bytes} bytes, a disk has {SECTOR_BYTES} or more",
             field=field,
         )
+    identity = (0, info.st_rdev) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
+    return HostDisk(size_bytes, identity)
+
+
+def grow(path: str, size_bytes: int) -> int:
+    """Make a regular file larger and return its size; of a block device just return that.
+
+    Raises:
+        Invalid: the file, or device, would have to shrink, or the device to grow.
+        ApiError: it cannot be opened.
+        OSError: it cannot be grown.
+
+    Threads: any; may block on a slow file system.
+    """
+    field = "size_mib"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as err:
+        raise _open_error(err, path, field) from err
+    try:
+        present = os.lseek(fd, 0, os.SEEK_END)
+        if size_bytes < present:
+            raise Invalid(
+                "disk_shrink",
+                f"{path} has {present} bytes: a disk cannot shrink to {size_bytes}",
+                field=field,
+            )
+        if size_bytes > present and stat.S_ISBLK(os.fstat(fd).st_mode):
+            raise Invalid(
+                "disk_size",
+                f"{path} is a block device of {present} bytes: grow the device first",
+                field=field,
+            )
+        if size_bytes > present:
+            os.ftruncate(fd, size_bytes)
+            os.fsync(fd)
+    finally:
+        os.close(fd)
     return size_bytes
 
 

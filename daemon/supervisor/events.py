@@ -62,8 +62,10 @@ class EventHub:
         if cursor >= store.last_event_id:
             return []
         if self._ring and self._ring[0].id <= cursor + 1:
-            skipped = max(0, cursor + 1 - self._ring[0].id)
-            return list(itertools.islice(self._ring, skipped, skipped + PAGE_EVENTS))
+            # Gaps between ids, if there are any, only make this start a little early.
+            start = max(0, len(self._ring) - (store.last_event_id - cursor))
+            page = itertools.islice(self._ring, start, start + PAGE_EVENTS)
+            return [event for event in page if event.id > cursor]
         return await replay(store, cursor, PAGE_EVENTS)
 
 

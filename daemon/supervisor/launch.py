@@ -9,6 +9,8 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -16,7 +18,7 @@ from api.errors import ApiError, HostFailure, Internal
 
 from ..protocol import DiskSpec, MachineSpec, NicSpec
 from .disks import open_locked
-from .records import ImageRecord, KernelRecord, VmRecord
+from .records import KernelRecord, VmRecord
 from .taps import open_tap
 
 MIB: Final = 1 << 20
@@ -48,10 +50,11 @@ class FdBag:
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """What a VM boots."""
+    """What a VM boots: the kernel's record and file, and the initrd's file."""
 
     kernel: KernelRecord
-    initrd: ImageRecord | None
+    kernel_path: Path
+    initrd_path: Path | None
 
 
 async def prepare(
@@ -70,15 +73,15 @@ async def prepare(
         ApiError: something is missing, not permitted, or in use; says what to do.
     """
     kvm_fd = bag.add(open_kvm(kvm_device))
-    kernel_fd = bag.add(_open_kept(boot.kernel.path))
-    initrd_fd = bag.add(_open_kept(boot.initrd.path)) if boot.initrd is not None else None
+    kernel_fd = bag.add(_open_kept(boot.kernel_path))
+    initrd_fd = None if boot.initrd_path is None else bag.add(_open_kept(boot.initrd_path))
     disks = []
     for index, disk in enumerate(record.disks):
-        fd = await _in_thread(bag, lambda d=disk, i=index: open_locked(d, i))  # type: ignore[misc]
+        fd = await _in_thread(bag, partial(open_locked, disk, index))
         disks.append(DiskSpec(disk.id, fd, disk.read_only))
     nics = []
     for index, nic in enumerate(record.nics):
-        fd = await _in_thread(bag, lambda n=nic, i=index: open_tap(n, i))  # type: ignore[misc]
+        fd = await _in_thread(bag, partial(open_tap, nic, index))
         nics.append(NicSpec(nic.id, fd, nic.mac, nic.mtu))
     return MachineSpec(
         vm_id=record.id,
@@ -143,7 +146,7 @@ def kvm_error(path: str, err: OSError) -> ApiError:
     return HostFailure("kvm_unavailable", f"{path}: {err.strerror}")
 
 
-def _open_kept(path: str) -> int:
+def _open_kept(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as err:

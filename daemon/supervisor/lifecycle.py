@@ -118,7 +118,8 @@ TABLE: Final[Mapping[VmState, StateRule]] = MappingProxyType(
             may_force_delete=True,
             may_reshape=True,
         ),
-        _S.DELETING: _rule({}),
+        # A delete that failed half-way may be asked for again.
+        _S.DELETING: _rule({}, may_delete=True, may_force_delete=True),
     }
 )
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from api.models.resources import Image, Kernel
+from api.models.resources import Kernel
 from api.models.vms import VmState
 
 from .store import Statement
@@ -106,52 +106,21 @@ class VmRecord:
 
 @dataclass(frozen=True, slots=True)
 class KernelRecord:
-    """An imported kernel.
-
-    Attributes:
-        model: as clients see it.
-        directory: what delete removes, when no other record has it.
-        path: the ELF file that is entered.
-        setup_header: hex of the bzImage's setup header, empty for an ELF kernel.
-    """
+    """An imported kernel: as clients see it, and the hex of its setup header, empty for ELF."""
 
     model: Kernel
-    directory: str
-    path: str
     setup_header: str
 
     def encode(self) -> str:
         """Return the record as JSON text."""
-        return _encode_model(
-            self.model, directory=self.directory, path=self.path, setup_header=self.setup_header
-        )
+        doc = {"model": self.model.model_dump(mode="json"), "setup_header": self.setup_header}
+        return json.dumps(doc, separators=(",", ":"))
 
     @classmethod
     def decode(cls, text: str) -> KernelRecord:
         """Build the record from encode()'s text."""
         doc = json.loads(text)
-        model = Kernel.model_validate(doc.pop("model"))
-        return cls(model, **doc)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """An imported image; ``directory`` and ``path`` as for a kernel."""
-
-    model: Image
-    directory: str
-    path: str
-
-    def encode(self) -> str:
-        """Return the record as JSON text."""
-        return _encode_model(self.model, directory=self.directory, path=self.path)
-
-    @classmethod
-    def decode(cls, text: str) -> ImageRecord:
-        """Build the record from encode()'s text."""
-        doc = json.loads(text)
-        model = Image.model_validate(doc.pop("model"))
-        return cls(model, **doc)
+        return cls(Kernel.model_validate(doc["model"]), doc["setup_header"])
 
 
 def save_vm(record: VmRecord) -> Statement:
@@ -171,7 +140,3 @@ def delete_vm(vm_id: str) -> Statement:
 def _encode_time(value: object) -> str:
     assert isinstance(value, datetime)
     return value.isoformat()
-
-
-def _encode_model(model: Kernel | Image, **fields: str) -> str:
-    return json.dumps({"model": model.model_dump(mode="json"), **fields}, separators=(",", ":"))

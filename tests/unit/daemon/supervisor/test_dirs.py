@@ -17,7 +17,7 @@ from daemon.supervisor.config import ConfigError
 def test_directories_are_made_for_their_owner_alone(tmp_path: Path) -> None:
     layout = dirs.Layout(tmp_path / "a" / "state", tmp_path / "run")
     dirs.prepare(layout)
-    private = [layout.state, layout.kernels, layout.staging, layout.runtime / "vms"]
+    private = [layout.state, layout.kernels, layout.images, layout.runtime / "vms"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in private] == [0o700] * 4
 
 

@@ -58,7 +58,7 @@ def test_allowed_actions_are_those_of_the_table(state: VmState) -> None:
     assert lifecycle.allowed_actions(state) == [a for a in VmAction if (state, a) in ALLOWED]
 
 
-@pytest.mark.parametrize("state", [S.STOPPED, S.CRASHED])
+@pytest.mark.parametrize("state", [S.STOPPED, S.CRASHED, S.DELETING])
 def test_a_vm_at_rest_is_deleted_without_force(state: VmState) -> None:
     lifecycle.check_delete("a", state, force=False)
 
@@ -70,10 +70,9 @@ def test_a_live_vm_is_deleted_only_with_force(state: VmState) -> None:
         lifecycle.check_delete("a", state, force=False)
 
 
-@pytest.mark.parametrize("state", [S.CREATING, S.DELETING])
-def test_a_vm_between_being_and_not_being_is_not_deleted(state: VmState) -> None:
+def test_a_vm_that_is_being_made_is_not_deleted() -> None:
     with pytest.raises(Conflict, match="nothing is allowed now"):
-        lifecycle.check_delete("a", state, force=True)
+        lifecycle.check_delete("a", S.CREATING, force=True)
 
 
 @pytest.mark.parametrize("state", [s for s in VmState if s not in (S.STOPPED, S.CRASHED)])

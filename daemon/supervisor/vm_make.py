@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""How VMs come, change and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from api.errors import HostFailure, Invalid, NotFound
+from api.models.common import ObjectRef
+from api.models.vms import DiskPatch, Vm, VmCreate, VmPatch, VmState
+
+from ..images.importer import clone_disk
+from . import disks, lifecycle
+from .dirs import Layout, Reserve
+from .launch import MIB, FdBag
+from .library import Library
+from .operations import Job
+from .records import DiskRecord, VmRecord
+from .store import StoreFull
+from .vm_plan import Planner
+from .vm_run import Request, VmRunner
+from .vm_table import VmEntry, VmTable, to_model
+from .workers import KILL_TIMEOUT_S, WorkerPool
+
+log = logging.getLogger(__name__)
+
+
+class VmMaker:
+    """Creates, changes and deletes VMs.
+
+    Threads: the event loop's; files are copied and removed in others.
+    """
+
+    def __init__(
+        self,
+        table: VmTable,
+        runner: VmRunner,
+        planner: Planner,
+        library: Library,
+        pool: WorkerPool,
+        layout: Layout,
+    ) -> None:
+        self._table = table
+        self._runner = runner
+        self._planner = planner
+        self._library = library
+        self._pool = pool
+        self._layout = layout
+        self._reserve = Reserve(layout.state)
+
+    # --- create
+
+    async def create(
+        self, wanted: VmCreate, request: Request
+    ) -> tuple[Job, Callable[[Job], Awaitable[Vm]]]:
+        """Check a request and return the job that fulfils it; the name is kept for it.
+
+        Raises:
+            ApiError: it cannot be fulfilled.
+        """
+        self._table.reserve(wanted.name)
+        try:
+            record = await self._planner.plan_create(wanted)
+        except BaseException:
+            self._table.release(wanted.name)
+            raise
+        about = ObjectRef(kind="vm", id=record.id, name=record.name)
+        job = Job("vm.create", about, may_cancel=any(disk.is_own for disk in record.disks))
+        return job, partial(self._create, record, wanted.start, request)
+
+    async def _create(self, record: VmRecord, start: bool, request: Request, job: Job) -> Vm:
+        try:
+            if job.may_cancel:
+                entry = await self._create_with_disks(record, start, request, job)
+            elif start:
+                entry = await self._create_running(record, request)
+            else:
+                entry = VmEntry(record)
+                await self._table.insert(entry, request.actor)
+        finally:
+            self._table.release(record.name)
+        log.info("vm created vm=%s actor=%s", record.name, request.actor)
+        return to_model(entry, self._library.names())
+
+    async def _create_running(self, record: VmRecord, request: Request) -> VmEntry:
+        """Create a VM straight into its start: one commit less."""
+        entry = VmEntry(replace(record, state=VmState.STARTING))
+        async with entry.lock:
+            with FdBag() as bag:
+                spec = await self._runner.open_all(record, request, bag)
+                intend = partial(self._table.insert, entry, request.actor)
+                try:
+                    await self._runner.launch(entry, spec, bag, intend, request)
+                except StoreFull:
+                    await self._remove_files(record)
+                    raise
+        return entry
+
+    async def _create_with_disks(
+        self, record: VmRecord, start: bool, request: Request, job: Job
+    ) -> VmEntry:
+        entry = VmEntry(replace(record, state=VmState.CREATING))
+        async with entry.lock:
+            await self._table.insert(entry, request.actor)
+            try:
+                await self._clone_disks(entry.record, job)
+                if not start:
+                    await self._table.commit(entry, state=VmState.STOPPED)
+                    return entry
+                with FdBag() as bag:
+                    spec = await self._runner.open_all(record, request, bag)
+                    intend = partial(self._table.commit, entry, state=VmState.STARTING)
+                    await self._runner.launch(entry, spec, bag, intend, request)
+            except BaseException:
+                # Once it has been starting it stays, so that its log can be read.
+                if entry.record.state is VmState.CREATING:
+                    await asyncio.shield(self.roll_back(entry, request.actor))
+                raise
+        return entry
+
+    async def _clone_disks(self, record: VmRecord, job: Job) -> None:
+        (self._layout.vm_state(record.id) / "disks").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for disk in record.disks:
+            if disk.is_own and disk.image_id is not None:
+                job.note(f"copying disk {disk.id}")
+                image = self._library.images.get(disk.image_id)
+                await asyncio.to_thread(
+                    clone_disk,
+                    Path(self._library.image_path(image)),
+                    Path(disk.path),
+                    disk.size_bytes,
+                    progress=job.progress,
+                    cancelled=job.cancelled.is_set,
+                )
+
+    async def roll_back(self, entry: VmEntry, actor: str | None) -> None:
+        """Remove a VM whose creation did not come to its end; the caller holds the lock."""
+        await self._remove_files(entry.record)
+        await self._commit_with_reserve(
+            partial(self._table.remove, entry, entry.event("create_failed", actor))
+        )
+
+    # --- change
+
+    async def patch(self, entry: VmEntry, patch: VmPatch, request: Request) -> None:
+        """Change a VM.
+
+        Raises:
+            ApiError: its state does not allow it, or a value is wrong.
+        """
+        async with entry.lock:
+            entry.check_present()
+            entry.check_version(request.if_match)
+            changes = self._planner.plan_patch(entry, patch)
+            if not changes:
+                return
+            if changes.keys() & {"memory_mib", "kernel_id", "initrd_id", "cmdline"}:
+                self._planner.check_fit(replace(entry.record, **changes))
+            new_name = changes.get("name")
+            if new_name is not None:
+                self._table.reserve(new_name)
+            try:
+                event = entry.event("updated", request.actor, fields=sorted(changes))
+                await self._table.commit(entry, event, **changes)
+            finally:
+                if new_name is not None:
+                    self._table.release(new_name)
+
+    async def grow_disk(
+        self, entry: VmEntry, disk_id: str, patch: DiskPatch, request: Request
+    ) -> None:
+        """Grow a disk and tell a running guest.
+
+        Raises:
+            ApiError: no such disk, it is read-only, or it would shrink.
+        """
+        async with entry.lock:
+            entry.check_present()
+            entry.check_version(request.if_match)
+            disk = _find_disk(entry.record, disk_id)
+            size_bytes = await asyncio.to_thread(disks.grow, disk.path, patch.size_mib * MIB)
+            changed = tuple(
+                replace(other, size_bytes=size_bytes) if other is disk else other
+                for other in entry.record.disks
+            )
+            event = entry.event("disk_resized", request.actor, disk=disk_id, size_bytes=size_bytes)
+            await self._table.record(entry, event, disks=changed)
+            if entry.record.state in (VmState.RUNNING, VmState.PAUSED):
+                await self._runner.ask(entry, "resize_disk", {"disk": disk_id})
+
+    # --- delete
+
+    async def delete(self, entry: VmEntry, force: bool, request: Request) -> None:
+        """Delete a VM with all that is its own.
+
+        Raises:
+            ApiError: its state does not allow it without ``force``, or its process does not end.
+        """
+        name = entry.record.name
+        entry.check_version(request.if_match)
+        lifecycle.check_delete(name, entry.record.state, force=force)
+        if force:
+            self._runner.request_kill(entry)
+        async with entry.lock:
+            entry.check_present()
+            lifecycle.check_delete(name, entry.record.state, force=force)
+            await self._commit_with_reserve(
+                partial(self._table.commit, entry, state=VmState.DELETING, reason=None)
+            )
+            await self.finish_delete(entry, request.actor)
+        log.info("vm deleted vm=%s actor=%s", name, request.actor)
+
+    async def finish_delete(self, entry: VmEntry, actor: str | None) -> None:
+        """Remove all of a VM in state deleting; the caller holds the lock.
+
+        Raises:
+            HostFailure: its process does not end, or its files cannot be removed.
+            StoreFull: its row cannot be removed.
+        """
+        worker = entry.worker
+        if worker is not None:
+            worker.kill()
+            if await worker.wait_ended(KILL_TIMEOUT_S) is None:
+                raise HostFailure(
+                    "worker_unkillable",
+                    f"VM {entry.record.name}: process {worker.pid} does not end by SIGKILL",
+                )
+            entry.worker = None
+        await self._remove_files(entry.record)
+        await self._commit_with_reserve(
+            partial(self._table.remove, entry, entry.event("deleted", actor))
+        )
+
+    async def _remove_files(self, record: VmRecord) -> None:
+        self._pool.forget(record.id)
+        path = self._layout.vm_state(record.id)
+        try:
+            if any(disk.is_own for disk in record.disks):
+                await asyncio.to_thread(shutil.rmtree, path)  # large files take their time
+            else:
+                shutil.rmtree(path)
+        except FileNotFoundError:
+            log.debug("no files to remove vm=%s", record.name)
+        except OSError as err:
+            raise HostFailure(
+                "remove_failed", f"VM {record.name}: {err.filename}: {err.strerror}"
+            ) from err
+
+    async def _commit_with_reserve(self, commit: Callable[[], Awaitable[None]]) -> None:
+        """Commit what makes room: on a full disk it may use the space that is kept for that.
+
+        Raises:
+            StoreFull: that did not help.
+        """
+        try:
+            await commit()
+        except StoreFull:
+            self._reserve.release()
+            await commit()
+        self._reserve.hold()
+
+
+def _find_disk(record: VmRecord, disk_id: str) -> DiskRecord:
+    disk = next((disk for disk in record.disks if disk.id == disk_id), None)
+    if disk is None:
+        raise NotFound("disk_not_found", f"VM {record.name} has no disk {disk_id}")
+    if disk.read_only:
+        raise Invalid("disk_read_only", f"disk {disk_id} is read-only", field="disk")
+    return disk

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""From what a client asks for to a VM's record: references resolved, everything checked.
+
+Nothing here changes anything; what passes may still fail later, since the host goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Final
+
+from api.errors import Conflict, Invalid
+from api.models.resources import Image
+from api.models.vms import DiskCreate, NicCreate, VmCreate, VmPatch, VmState
+
+from . import disks, lifecycle, procfs, taps
+from .dirs import Layout
+from .launch import MIB
+from .library import Library
+from .records import DiskRecord, NicRecord, VmRecord, now
+from .vm_table import VmEntry, VmTable
+
+# What a patch may change in any state; the rest needs a VM at rest.
+_FREE_FIELDS: Final = frozenset({"name", "labels"})
+
+
+class Planner:
+    """Checks requests against the host, the library and the other VMs.
+
+    Threads: the event loop's; looking at files happens in others.
+    """
+
+    def __init__(self, table: VmTable, library: Library, layout: Layout) -> None:
+        self._table = table
+        self._library = library
+        self._layout = layout
+
+    async def plan_create(self, request: VmCreate) -> VmRecord:
+        """Return the record of a new VM, in state stopped.
+
+        Raises:
+            ApiError: a value is out of range, or names something that is not there.
+        """
+        _check_memory(request.memory_mib)
+        kernel = self._library.kernels.resolve(request.kernel, "kernel")
+        initrd = self._initrd(request.initrd)
+        vm_id = str(uuid.uuid4())
+        record = VmRecord(
+            id=vm_id,
+            name=request.name,
+            state=VmState.STOPPED,
+            reason=None,
+            vcpus=request.vcpus,
+            memory_mib=request.memory_mib,
+            kernel_id=kernel.id,
+            initrd_id=None if initrd is None else initrd.id,
+            cmdline=request.cmdline,
+            disks=await self._plan_disks(vm_id, request.disks),
+            nics=self._plan_nics(vm_id, request.nics),
+            rng=request.rng,
+            on_reboot=request.on_reboot,
+            on_panic=request.on_panic,
+            labels=request.labels,
+            boot_time_us=None,
+            created_at=now(),
+            started_at=None,
+            version=1,
+        )
+        self.check_fit(record)
+        return record
+
+    def plan_patch(self, entry: VmEntry, patch: VmPatch) -> dict[str, Any]:
+        """Return what a patch changes in a VM's record.
+
+        Raises:
+            ApiError: the state does not allow it, or as plan_create().
+        """
+        record = entry.record
+        # Null stands for "as it is", but for the initrd, which a VM may be without.
+        changes: dict[str, Any] = {
+            name: value
+            for name in patch.model_fields_set - {"initrd"}
+            if (value := getattr(patch, name)) is not None
+        }
+        if "initrd" in patch.model_fields_set:
+            image = self._initrd(patch.initrd)
+            changes["initrd_id"] = None if image is None else image.id
+        if "kernel" in changes:
+            kernel = self._library.kernels.resolve(changes.pop("kernel"), "kernel")
+            changes["kernel_id"] = kernel.id
+        changes = {key: value for key, value in changes.items() if value != getattr(record, key)}
+        for key in changes.keys() - _FREE_FIELDS:
+            lifecycle.check_reshape(record.name, record.state, key.removesuffix("_id"))
+        if "memory_mib" in changes:
+            _check_memory(changes["memory_mib"])
+        return changes
+
+    def check_fit(self, record: VmRecord) -> None:
+        """Refuse a VM whose kernel, initrd and command line do not fit its memory.
+
+        Raises:
+            FitError: they do not.
+            Invalid: the kernel's files are gone.
+        """
+        # Imported here: it brings the KVM binding along, which the rest of hosteld does without.
+        from ..worker.boot import check_fit
+
+        kernel = self._library.kernels.get(record.kernel_id)
+        elf = self._library.elf(kernel)
+        if elf is None:
+            raise Invalid(
+                "kernel_lost",
+                f"the files of kernel {kernel.name} are gone; delete and import it again",
+                field="kernel",
+            )
+        initrd_bytes = 0
+        if record.initrd_id is not None:
+            initrd_bytes = self._library.images.get(record.initrd_id).size_bytes
+        check_fit(
+            elf,
+            initrd_bytes=initrd_bytes,
+            memory_bytes=record.memory_mib * MIB,
+            cmdline=record.cmdline,
+            setup_header=bytes.fromhex(self._library.setup_header(kernel.id)),
+        )
+
+    def _initrd(self, ref: str | None) -> Image | None:
+        if ref is None:
+            return None
+        image = self._library.images.resolve(ref, "initrd")
+        if image.kind != "initrd":
+            raise Invalid(
+                "image_kind",
+                f"image {image.name} is a {image.kind}; import it with kind initrd",
+                field="initrd",
+            )
+        return image
+
+    # --- disks
+
+    async def _plan_disks(self, vm_id: str, wanted: list[DiskCreate]) -> tuple[DiskRecord, ...]:
+        records = []
+        seen: dict[tuple[int, int], DiskCreate] = {}
+        for index, disk in enumerate(wanted):
+            if disk.path is None:
+                records.append(self._image_disk(vm_id, disk, index))
+                continue
+            field = f"disks.{index}.path"
+            look = partial(disks.inspect, disk.path, field, read_only=disk.read_only)
+            found = await asyncio.to_thread(look)
+            twin = seen.setdefault(found.identity, disk)
+            if twin is not disk and not (twin.read_only and disk.read_only):
+                raise Invalid(
+                    "disk_twice",
+                    f"disks {twin.id} and {disk.id} are the same file; only read_only ones may be",
+                    field=field,
+                )
+            records.append(
+                DiskRecord(disk.id, disk.path, None, False, disk.read_only, found.size_bytes)
+            )
+        return tuple(records)
+
+    def _image_disk(self, vm_id: str, disk: DiskCreate, index: int) -> DiskRecord:
+        assert disk.image is not None
+        image = self._library.images.resolve(disk.image, f"disks.{index}.image")
+        if image.kind != "disk":
+            raise Invalid(
+                "image_kind",
+                f"image {image.name} is an {image.kind}, no disk",
+                field=f"disks.{index}.image",
+            )
+        if disk.read_only:
+            path = self._library.image_path(image)
+            return DiskRecord(disk.id, path, image.id, False, True, image.size_bytes)
+        size_bytes = image.size_bytes if disk.size_mib is None else disk.size_mib * MIB
+        if size_bytes < image.size_bytes:
+            raise Invalid(
+                "disk_too_small",
+                f"size_mib={disk.size_mib}: image {image.name} needs"
+                f" {-(-image.size_bytes // MIB)} or more",
+                field=f"disks.{index}.size_mib",
+            )
+        sectors = -(-size_bytes // disks.SECTOR_BYTES)
+        path = str(self._layout.vm_state(vm_id) / "disks" / f"{disk.id}.raw")
+        return DiskRecord(disk.id, path, image.id, True, False, sectors * disks.SECTOR_BYTES)
+
+    # --- network interfaces
+
+    def _plan_nics(self, vm_id: str, wanted: list[NicCreate]) -> tuple[NicRecord, ...]:
+        records: list[NicRecord] = []
+        for index, nic in enumerate(wanted):
+            tap = nic.tap or f"ht{vm_id[:8]}n{index}"
+            self._check_tap(tap, index, records)
+            if nic.bridge is not None:
+                taps.check_bridge(nic.bridge, f"nics.{index}.bridge")
+            mac = nic.mac or derive_mac(vm_id, nic.id)
+            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge))
+        return tuple(records)
+
+    def _check_tap(self, tap: str, index: int, siblings: list[NicRecord]) -> None:
+        field = f"nics.{index}.tap"
+        if tap in (".", ".."):
+            raise Invalid("tap_name", f"{tap} cannot be the name of an interface", field=field)
+        if any(other.tap == tap for other in siblings):
+            raise Invalid("tap_taken", f"tap {tap} is named twice", field=field)
+        owner = next((name for name, other in self._taps() if other == tap), None)
+        if owner is not None:
+            raise Conflict("tap_taken", f"tap {tap} belongs to VM {owner}", field=field)
+        taps.check_name(tap, field)
+
+    def _taps(self) -> Iterator[tuple[str, str]]:
+        for entry in self._table:
+            for nic in entry.record.nics:
+                yield entry.record.name, nic.tap
+
+
+def derive_mac(vm_id: str, nic_id: str) -> str:
+    """Return a locally administered unicast address that stays the same for this interface."""
+    digest = hashlib.sha256(f"{vm_id}/{nic_id}".encode()).digest()
+    return ":".join(f"{byte:02x}" for byte in (0x02, *digest[:5]))
+
+
+def _check_memory(memory_mib: int) -> None:
+    total_mib = procfs.memory()[0] // MIB
+    if memory_mib > total_mib:
+        raise Invalid(
+            "memory_too_large",
+            f"memory_mib={memory_mib}: this host has {total_mib} MiB in all",
+            field="memory_mib",
+        )

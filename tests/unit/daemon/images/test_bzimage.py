@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daemon.images.bzimage import read_setup_header, unpack
@@ -22,6 +22,8 @@ from tests.support.kernels import (
     sized,
 )
 
+# How fast the machine is decides nothing.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KERNEL = elf() + b"relocations" * 100
 SMALL = elf(body=b"\xf4" * 512)
 
@@ -189,6 +191,7 @@ def unpacks_or_refuses(image: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", PACKERS)
+@UNHURRIED
 @given(data=st.data())
 def test_mutated_images_raise_nothing_but_a_format_error(name: str, data: st.DataObject) -> None:
     image = bytearray(bzimage(PACKERS[name](SMALL)))
@@ -198,6 +201,7 @@ def test_mutated_images_raise_nothing_but_a_format_error(name: str, data: st.Dat
     unpacks_or_refuses(bytes(image))
 
 
+@UNHURRIED
 @given(st.sampled_from([PACKERS[name](SMALL)[:6] for name in PACKERS]), st.binary(max_size=400))
 def test_random_payloads_raise_nothing_but_a_format_error(magic: bytes, rest: bytes) -> None:
     unpacks_or_refuses(bzimage(magic + rest))

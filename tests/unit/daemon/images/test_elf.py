@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daemon.images.elf import ElfKernel, Segment, find_banner, parse_elf
@@ -23,6 +23,8 @@ from tests.support.kernels import (
     pvh_note,
 )
 
+# How fast the machine is decides nothing.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SMALL = b"\xf4" * 64
 SMALL_ELF = elf(body=SMALL, notes=pvh_note())
 
@@ -152,12 +154,14 @@ def accepts_or_refuses(data: bytes) -> None:
     assert all(s.file_offset + s.file_bytes <= len(data) for s in kernel.segments)
 
 
+@UNHURRIED
 @given(st.binary(max_size=300))
 def test_random_bytes_raise_nothing_but_a_format_error(data: bytes) -> None:
     accepts_or_refuses(b"\x7fELF\x02\x01\x01" + data)
     accepts_or_refuses(data)
 
 
+@UNHURRIED
 @given(
     st.lists(st.tuples(st.integers(0, 64 + 2 * 56), st.integers(0, 255)), min_size=1, max_size=12),
     st.integers(0, len(SMALL_ELF)),
@@ -172,6 +176,7 @@ def test_mutated_headers_raise_nothing_but_a_format_error(
     accepts_or_refuses(bytes(data[:cut]))
 
 
+@UNHURRIED
 @given(st.binary(max_size=200))
 def test_random_notes_raise_nothing_but_a_format_error(notes: bytes) -> None:
     accepts_or_refuses(elf(body=SMALL, notes=notes))

@@ -107,7 +107,8 @@ class UartModel:
                 return self.read_modem_status()
             case 7:
                 return self.scratch
-        return 0xFF
+            case _:
+                return 0xFF
 
     def read_identification(self) -> int:
         cause = self.cause()
@@ -157,6 +158,8 @@ class UartModel:
                 self.modem_deltas |= changed - (set() if before["ri"] else {"ri"})
             case 7:
                 self.scratch = value
+            case _:
+                pass  # line and modem status cannot be written
 
     def transmit(self, byte: int) -> None:
         self.is_transmitter_news = True

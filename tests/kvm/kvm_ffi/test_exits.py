@@ -2,6 +2,8 @@
 # Copyright the Hostel authors
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from kvm_ffi.exits import ExitKind
@@ -100,6 +102,28 @@ def test_a_range_claimed_while_the_vm_lives_takes_effect(guest: TinyGuest) -> No
     assert guest.run() == ExitKind.PIO_WRITE
     guest.exits.unclaim_pio(PORT, 1)
     assert guest.run() == ExitKind.HLT
+
+
+def test_a_claimed_range_is_never_missed_while_others_come_and_go(guest: TinyGuest) -> None:
+    reads = 3000
+    guest.exits.claim_mmio(MMIO, 0x1000)
+    # again: mov al, [0]; dec cx; jnz again
+    guest.load(b"\xa0\x00\x00\x49\x75\xfa" + HLT, ds_base=MMIO, regs={"rcx": reads})
+    is_done = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_done.is_set():
+            guest.exits.claim_mmio(MMIO - 0x1000, 0x1000)
+            guest.exits.claim_mmio(MMIO + 0x1000, 0x1000)
+            guest.exits.unclaim_mmio(MMIO - 0x1000, 0x1000)
+            guest.exits.unclaim_mmio(MMIO + 0x1000, 0x1000)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    seen = guest.accesses({MMIO: 0})
+    is_done.set()
+    thread.join()
+    assert len(seen) == reads
 
 
 def test_counters_outlive_their_vcpu(guest: TinyGuest) -> None:

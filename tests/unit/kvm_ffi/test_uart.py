@@ -193,4 +193,4 @@ class UartMachine(RuleBasedStateMachine):
         self.irq.close()
 
 
-TestUartMatchesItsModel = UartMachine.TestCase
+TestUartMatchesItsModel = pytest.mark.slow(UartMachine.TestCase)

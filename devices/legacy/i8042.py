@@ -92,12 +92,13 @@ class I8042:
         bus.add(COMMAND_PORT, 1, _CommandPort(self))
 
     def ctrl_alt_del(self) -> bool:
-        """Press and release Ctrl-Alt-Del; False when the guest has the keyboard disabled."""
+        """Press and release Ctrl-Alt-Del.
+
+        Returns:
+            False when it was lost: the guest disabled the keyboard, or does not read it.
+        """
         with self._lock:
-            if self._ctr & CTR_KBD_DISABLED:
-                return False
-            self._put(CTRL_ALT_DEL)
-        return True
+            return not self._ctr & CTR_KBD_DISABLED and self._put(CTRL_ALT_DEL)
 
     def read_status(self) -> int:
         """Return the status register (port 0x64)."""
@@ -177,13 +178,14 @@ class I8042:
         else:
             self._put(KBD_ANSWERS.get(value, KBD_RESEND))
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: bytes) -> bool:
         if len(self._output) + len(data) > MAX_PENDING_BYTES:
-            return
+            return False
         was_empty = not self._output
         self._output.extend(data)
         if was_empty:
             self._interrupt()
+        return True
 
     def _interrupt(self) -> None:
         if self._ctr & CTR_KBD_IRQ:

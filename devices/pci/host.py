@@ -70,11 +70,7 @@ class PciHost:
                 slot = next((s for s in range(1, SLOT_COUNT) if s not in self._functions), None)
             if slot is None or slot in self._functions or not 0 <= slot < SLOT_COUNT:
                 raise ValueError(f"PCI slot {'any' if slot is None else slot} is not free")
-            self._placed[slot] = []
-            for bar in function.bars:
-                gpa = self._find_room(bar)
-                self._placed[slot].append((gpa, bar.size_bytes))
-                function.place_bar(bar.index, gpa)
+            self._placed[slot] = self._place_bars(function)
             self._functions[slot] = function
             function.bind(self._config_store.pci_slot(slot), self)
             if function.trapped_reads is not None:
@@ -136,10 +132,18 @@ class PciHost:
         """Release the BAR's range."""
         self._mmio.remove(gpa)
 
-    def _find_room(self, bar: Bar) -> int:
+    def _place_bars(self, function: PciFunction) -> list[tuple[int, int]]:
+        taken = [piece for pieces in self._placed.values() for piece in pieces]
+        mine: list[tuple[int, int]] = []
+        for bar in function.bars:
+            gpa = self._find_room(bar, sorted(taken + mine))
+            mine.append((gpa, bar.size_bytes))
+            function.place_bar(bar.index, gpa)
+        return mine
+
+    def _find_room(self, bar: Bar, taken: list[tuple[int, int]]) -> int:
         window = self._window_64 if bar.is_64bit and self._window_64 else self._window_32
         size = bar.size_bytes
-        taken = sorted(piece for pieces in self._placed.values() for piece in pieces)
         gpa = -(-window.base // size) * size
         for base, length in taken:
             if gpa < base + length and base < gpa + size:

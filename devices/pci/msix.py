@@ -118,7 +118,8 @@ class MsixTable:
             control = index * ENTRY_SIZE_BYTES + VECTOR_CONTROL_OFFSET
             masked = self._table[control] & ENTRY_MASKED
             struct.pack_into("<I", self._table, control, masked)  # other bits are reserved
-            self._update((index,))
+            if index < len(self._vectors):  # else a write that was under way at close()
+                self._update((index,))
 
     def read_pending(self, offset: int, length: int) -> int:
         """Return bytes of the pending bit array."""

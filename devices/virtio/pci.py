@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from devices.bus import all_ones
 from devices.errors import BadRegisterAccess
 from devices.pci.config import Bar, PciFunction, PciIdentity, overlaps
 from devices.pci.msix import PCI_CAP_ID_MSIX, MsixTable
@@ -127,6 +128,7 @@ class VirtioPci(PciFunction):
         self._fault = EventFd()
         self._isr = 0
         self._is_active = False
+        self._is_closed = False
         self._epoch = 0  # counts resets, so that a late fault is not blamed on the next driver
         self._ioeventfds: dict[int, int] = {}  # queue index -> gpa
         self._config_length = len(device.config_space())
@@ -182,7 +184,7 @@ class VirtioPci(PciFunction):
         if reader is None:
             return 0
         with self._lock:
-            return reader(offset % PAGE_BYTES, length)
+            return all_ones(length) if self._is_closed else reader(offset % PAGE_BYTES, length)
 
     def write(self, offset: int, length: int, value: int) -> None:
         """Write to the BAR.
@@ -194,7 +196,8 @@ class VirtioPci(PciFunction):
         if writer is None:
             raise BadRegisterAccess(f"{self.device.name}: BAR offset={offset:#x} is read-only")
         with self._lock:
-            writer(offset % PAGE_BYTES, length, value)
+            if not self._is_closed:
+                writer(offset % PAGE_BYTES, length, value)
 
     def _read_isr(self, offset: int, length: int) -> int:
         if offset != 0:
@@ -376,14 +379,16 @@ class VirtioPci(PciFunction):
         self.device.resume()
 
     def close(self) -> None:
-        """Stop the device and close it and every eventfd; once, after PciHost.detach() or vCPUs."""
+        """Stop the device and close it and every eventfd; a second call does nothing."""
         with self._lock:
+            if self._is_closed:
+                return
             self.device_reset()
             self.device.close()
             self._msix.close()
             for eventfd in (*self._kicks, self._fault):
                 eventfd.close()
-            self._kicks = ()
+            self._is_closed = True
 
 
 def _page(offset: int, length: int) -> int:

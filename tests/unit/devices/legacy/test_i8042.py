@@ -103,6 +103,12 @@ def test_ctrl_alt_del_on_a_disabled_keyboard_does_nothing(machine: _Machine) -> 
     assert machine.drain() == b""
 
 
+def test_ctrl_alt_del_that_nobody_reads_is_lost(machine: _Machine) -> None:
+    pressed = [machine.device.ctrl_alt_del() for _ in range(10)]
+    assert pressed == [True] * 8 + [False] * 2
+    assert machine.drain() == CTRL_ALT_DEL * 8
+
+
 def test_no_interrupt_while_the_guest_has_it_disabled(machine: _Machine) -> None:
     machine.bus.write(COMMAND, 1, 0x60)
     machine.bus.write(DATA, 1, 0x00)

@@ -100,6 +100,15 @@ def test_thirty_first_function_is_the_last(exit_table: FakeExitTable) -> None:
         host.attach(PciFunction(IDENTITY))
 
 
+def test_function_that_does_not_fit_leaves_its_slot_free(
+    exit_table: FakeExitTable, make_handler: Callable[..., FakeHandler]
+) -> None:
+    host = PciHost(exit_table, Bus("mmio"), AddressWindow(0xC0000000, 0x10000))
+    with pytest.raises(ValueError, match="does not fit its window"):
+        host.attach(Recording(make_handler(), make_handler()))
+    assert host.attach(PciFunction(IDENTITY)) == 1
+
+
 def test_bars_are_preset_inside_their_windows_and_apart(
     machine: Machine, make_handler: Callable[..., FakeHandler]
 ) -> None:

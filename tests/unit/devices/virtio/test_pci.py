@@ -346,6 +346,14 @@ def test_quiesced_device_serves_nothing_until_resumed(machine: Machine) -> None:
     assert machine.used(0) == [(0, 8)]
 
 
+def test_closed_transport_answers_all_ones_and_ignores_writes(machine: Machine) -> None:
+    machine.start()
+    machine.transport.close()
+    machine.start()
+    machine.kick(0)
+    assert machine.read(0x14, 1) == 0xFF
+
+
 class TestPciConfigWindow:
     def point(self, machine: Machine, offset: int, length: int, bar: int = 0) -> int:
         at = machine.structures()[5][0]

@@ -22,12 +22,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
+from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.host_process import drop_privileges, keep_heap_small, name_thread
 from kvm_ffi.vcpu import install_kick_signal
 
 from .. import protocol
 from ..errors import ProtocolError, WorkerError
+from ..images.errors import ImageError
 from ..protocol import MachineSpec, Status
 from .console import ConsoleLog
 from .control import ControlServer
@@ -142,9 +144,13 @@ class Worker:
         if self._status.state != "empty":
             protocol.close_all(fds)
             raise WorkerError("wrong_state", f"launch: the worker is {self._status.state}")
-        self._spec = MachineSpec.decode(args)
         self._fds = MachineFds(fds)
-        self._build()
+        try:
+            self._spec = MachineSpec.decode(args)
+            self._build()
+        except (HostError, ImageError, OSError, ValueError) as err:
+            self._fds.close()
+            raise WorkerError("launch_failed", str(err)) from err
         self._set_state("running")
         return self._status.encode()
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from devices.errors import BadRegisterAccess
+from devices.errors import BackendError, BadRegisterAccess
 from devices.ratelimit import GuestLog
 from kvm_ffi.engine import EngineFault
 from kvm_ffi.errors import GuestError
@@ -243,7 +243,11 @@ class EngineDevice(VirtioDevice):
         """Return the counters of one engine."""
 
     def activate(self, activation: Activation) -> None:
-        """Build the engines and start their threads."""
+        """Build the engines and start their threads.
+
+        Raises:
+            BackendError: the host has no thread left; reset() cleans up.
+        """
         with self._lock:
             self._failure = None
             self._engines = tuple(self.make_engines(activation))
@@ -251,14 +255,15 @@ class EngineDevice(VirtioDevice):
             if self._is_quiesced:
                 for engine in self._engines:
                     engine.quiesce()
-            self._threads = tuple(
-                threading.Thread(
+            for engine in self._engines:
+                thread = threading.Thread(
                     target=self._serve, args=(engine, activation), name=self.name, daemon=True
                 )
-                for engine in self._engines
-            )
-            for thread in self._threads:
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as err:
+                    raise BackendError(self.name, str(err)) from err
+                self._threads += (thread,)
 
     def reset(self) -> None:
         """Stop the engines and wait for their threads: for the request in hand, no longer."""

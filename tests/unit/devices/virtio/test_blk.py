@@ -151,6 +151,21 @@ def test_device_without_its_queue_needs_reset(make_disk: Callable[..., Machine])
     assert request(machine, IN, 0, 512) == 0
 
 
+def test_host_without_a_thread_left_makes_the_disk_need_a_reset(
+    make_disk: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    machine = make_disk()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    machine.start()
+    assert machine.status & NEEDS_RESET
+    monkeypatch.undo()
+    machine.start()
+    assert request(machine, IN, 0, 512) == 0
+
+
 def test_broken_ring_needs_reset_and_a_reset_heals(make_disk: Callable[..., Machine]) -> None:
     machine = make_disk()
     machine.start()

@@ -194,7 +194,7 @@ def content(media_type: str, description: str, headers: Json | None = None) -> R
         200: {
             "description": description,
             "headers": {"X-Request-Id": _REQUEST_ID, **(headers or {})},
-            "content": {media_type: {"schema": {"type": "string"}}},
+            "content": {media_type: {}},
         }
     }
 
@@ -219,7 +219,7 @@ def takes_bytes(description: str) -> Json:
     """Return the documentation of a raw body that is streamed."""
     media = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {
-        "requestBody": {"required": True, "description": description, "content": media},
+        "requestBody": {"required": False, "description": description, "content": media},
         STREAMED: True,
     }
 

@@ -63,8 +63,12 @@ def from_http_exception(request: Request, error: HTTPException) -> ApiError:
 
 def allowed_methods(request: Request) -> list[str]:
     """Return every method that the request's path takes, sorted."""
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
-            methods |= route.methods or set()
-    return sorted(methods)
+    matching = [
+        route
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+    ]
+    # `/v1/kernels/upload` is a path of its own, though `/v1/kernels/{kernel}` matches it too.
+    fewest = min((len(route.param_convertors) for route in matching), default=0)
+    named = [route for route in matching if len(route.param_convertors) == fewest]
+    return sorted({method for route in named for method in route.methods or ()})

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -13,6 +14,8 @@ import jsonschema_rs
 from api.openapi import PROBLEM_TYPE
 
 Json = dict[str, Any]
+
+_VALIDATORS: dict[tuple[int, str], jsonschema_rs.Draft202012Validator] = {}
 
 
 def check_reply(document: Json, method: str, path: str, reply: httpx.Response) -> None:
@@ -53,8 +56,11 @@ def find_operation(document: Json, method: str, path: str) -> Json | None:
 
 def validate(document: Json, schema: Json, value: object) -> None:
     """Fail unless ``value`` fits ``schema``, whose references lead into ``document``."""
-    whole = {**schema, "components": document["components"]}
-    jsonschema_rs.Draft202012Validator(whole).validate(value)
+    key = (id(document), json.dumps(schema, sort_keys=True))
+    if key not in _VALIDATORS:
+        whole = {**schema, "components": document["components"]}
+        _VALIDATORS[key] = jsonschema_rs.Draft202012Validator(whole)
+    _VALIDATORS[key].validate(value)
 
 
 def _check_problem(document: Json, reply: httpx.Response) -> None:

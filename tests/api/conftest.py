@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,8 +20,15 @@ from api.app import create_app
 from api.auth import Peer
 from tests.api.conformance import check_reply
 from tests.api.fake_service import FakeService
+from tests.api.live import LiveServer
 
 TOKEN = "0123456789abcdef"
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """Return the OpenAPI document; it is the same for every service."""
+    return create_app(FakeService(), token=None, version="0.1.0").openapi()
 
 
 class UnixPeer:
@@ -40,7 +49,7 @@ class Api:
     def __init__(self, service: FakeService, runner: asyncio.Runner) -> None:
         self.service = service
         self.app = create_app(service, token=TOKEN, version="0.1.0")
-        self.document = self.app.openapi()
+        self.document = document()
         self._runner = runner
 
     def client(self, *, uid: int | None = 1000) -> httpx.AsyncClient:
@@ -103,3 +112,10 @@ MakeApi = Callable[[FakeService], Api]
 @pytest.fixture
 def make_api(runner: asyncio.Runner) -> MakeApi:
     return lambda service: Api(service, runner)
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[LiveServer]:
+    server = LiveServer(tmp_path, TOKEN)
+    yield server
+    server.close()

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Literal, TypeVar
 
-from api.errors import Busy, Conflict, Invalid, NotFound, PreconditionFailed
+from api.errors import ApiError, Busy, Conflict, Invalid, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
 from api.models.resources import (
     Check,
@@ -69,6 +69,7 @@ class FakeService:
         self.calls: list[Call] = []
         self.stops: list[StopRequest | None] = []
         self.uploads: list[int] = []
+        self.broken_uploads: list[str] = []
         self.followers = 0
         self.creates = 0
         self.create_gate: asyncio.Event | None = None
@@ -339,9 +340,13 @@ class FakeService:
 
     async def _receive(self, sha256: str | None, body: AsyncIterator[bytes]) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
-        async for chunk in body:
-            digest.update(chunk)
-            size += len(chunk)
+        try:
+            async for chunk in body:
+                digest.update(chunk)
+                size += len(chunk)
+        except ApiError as err:
+            self.broken_uploads.append(err.code)
+            raise
         self.uploads.append(size)
         if sha256 not in (None, digest.hexdigest()):
             raise Invalid("digest_differs", "the body has another sha256", field="sha256")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""Every fixed guest-physical address, I/O port and GSI of the machine.
+"""Every guest-physical address and GSI that the machine fixes.
 
-RAM runs from 0 to LOW_RAM_LIMIT and goes on at HIGH_RAM_START; what lies between is for devices.
+The ports of the legacy devices are no choice of ours; each device's file has its own. RAM runs
+from 0 to LOW_RAM_LIMIT and goes on at HIGH_RAM_START; what lies between is for devices.
 """
 
 from __future__ import annotations
@@ -42,20 +43,10 @@ ACPI_GPA: Final = 0xE_0000  # the RSDP, then the tables; guests scan 0xe0000..0x
 ACPI_LIMIT: Final = 0x10_0000
 KERNEL_MIN_GPA: Final = MIB
 
-# --- I/O ports
-COM1_PORT: Final = 0x3F8
-I8042_PORT: Final = 0x60
-RTC_PORT: Final = 0x70
-PVPANIC_PORT: Final = 0x505
-BOOT_TIMER_PORT: Final = 0x5B0
-GED_PORT: Final = 0x5C0
-SLEEP_CONTROL_PORT: Final = 0x5C4
-
 # --- GSIs of the IOAPIC
 I8042_GSI: Final = 1
 COM1_GSI: Final = 4
 GED_GSI: Final = 5
-RTC_GSI: Final = 8
 
 
 class RamRegion(NamedTuple):

@@ -21,6 +21,7 @@ from devices.legacy.boot_timer import BootTimer
 from devices.legacy.cmos_rtc import CmosRtc
 from devices.legacy.i8042 import I8042
 from devices.legacy.pvpanic import PanicEvent, Pvpanic
+from devices.legacy.serial import SerialPort
 from devices.pci.host import PciHost
 from devices.platform import IrqLine
 from devices.virtio.blk import VirtioBlk
@@ -36,7 +37,6 @@ from kvm_ffi.irq_routing import IrqRouter
 from kvm_ffi.memory import GuestMemory
 from kvm_ffi.system import Kvm
 from kvm_ffi.types import Gpa
-from kvm_ffi.uart import Uart
 from kvm_ffi.vcpu import Vcpu
 
 from .. import protocol
@@ -145,11 +145,8 @@ class Machine:
 
     def _add_legacy(self, stack: contextlib.ExitStack) -> None:
         vm, pio = self._vm, self._pio
-        com1_irq = IrqLine(vm, layout.COM1_GSI)
-        stack.callback(com1_irq.close)
-        self.uart = Uart(com1_irq.eventfd)
-        stack.callback(self.uart.close)
-        self._table.attach_uart(self.uart, layout.COM1_PORT)
+        self.serial = SerialPort(vm, self._table, gsi=layout.COM1_GSI)
+        stack.callback(self.serial.close)
         keyboard_irq = IrqLine(vm, layout.I8042_GSI)
         stack.callback(keyboard_irq.close)
         self._keyboard = I8042(keyboard_irq, self._on_guest_reboot)
@@ -208,6 +205,8 @@ class Machine:
             )
         if spec.rng:
             devices.append(VirtioRng())
+        has_wildcard = self._vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH")
+        notify_length = 0 if has_wildcard else 2
         for device in devices:
             transport = VirtioPci(
                 device,
@@ -215,6 +214,7 @@ class Machine:
                 router=router,
                 memory=self._memory,
                 event_loop=self.event_loop,
+                notify_length=notify_length,
             )
             stack.callback(transport.close)
             self._pci.attach(transport)
@@ -297,7 +297,7 @@ class Machine:
         for device_id, device in self._virtio.items():
             if kind := of.get(type(device)):
                 stats[kind][device_id] = device.stats()
-        stats["console_dropped_bytes"] = self.uart.dropped_bytes
+        stats["console_dropped_bytes"] = self.serial.stats()["dropped_bytes"]
         return stats
 
     # --- what the guest does; called on vCPU threads

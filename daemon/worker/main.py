@@ -189,7 +189,7 @@ class Worker:
             data = base64.b64decode(str(args.get("data")), validate=True)
         except binascii.Error as err:
             raise ProtocolError(f"console_write: {err}") from err
-        return {"taken": self._need("running", "paused").uart.write_input(data)}
+        return {"taken": self._need("running", "paused").serial.write_input(data)}
 
     def _on_stats(self, _args: dict[str, Any]) -> dict[str, Any]:
         stats = self._need("running", "paused", "crashed").stats()
@@ -262,7 +262,7 @@ class Worker:
         assert self._fds is not None
         self._machine = Machine(self._spec, self._fds, self.post)
         self._selector.register(
-            self._machine.uart.output.fd, selectors.EVENT_READ, self._on_console_output
+            self._machine.serial.output.fd, selectors.EVENT_READ, self._on_console_output
         )
         self._selector.register(
             self._machine.event_loop.fileno(),
@@ -277,7 +277,7 @@ class Worker:
             return
         machine.stop()
         self._drain_console(machine)
-        self._selector.unregister(machine.uart.output.fd)
+        self._selector.unregister(machine.serial.output.fd)
         self._selector.unregister(machine.event_loop.fileno())
         machine.close()
 
@@ -327,11 +327,11 @@ class Worker:
 
     def _on_console_output(self) -> None:
         if self._machine is not None:
-            self._machine.uart.output.drain()
+            self._machine.serial.output.drain()
             self._drain_console(self._machine)
 
     def _drain_console(self, machine: Machine) -> None:
-        while data := machine.uart.read_output():
+        while data := machine.serial.read_output():
             self._console.append(data)
 
 

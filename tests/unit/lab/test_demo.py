@@ -34,8 +34,14 @@ def test_a_guest_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def guest() -> Guest:
-    files = (Path("/g") / name for name in ("vmlinuz", "initrd.img", "initrd-min.img", "disk.raw"))
-    return Guest(*files, ready_line="ready", instant_line="instant")
+    return Guest(
+        kernel=Path("/g/vmlinuz"),
+        initrd=Path("/g/initrd.img"),
+        instant=Path("/g/initrd-min.img"),
+        disk=Path("/g/disk.raw"),
+        ready_line="ready",
+        instant_line="instant",
+    )
 
 
 def test_the_token_is_readable_by_its_owner_alone(tmp_path: Path) -> None:

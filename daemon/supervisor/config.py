@@ -27,7 +27,7 @@ class Config:
     Attributes:
         state_dir: database, kernels, images, disks and console logs; survives a reboot.
         runtime_dir: sockets of hosteld and of the workers; belongs to one boot.
-        socket: path of the API's Unix socket, empty for ``<runtime_dir>/api.sock``.
+        socket: path of the API's Unix socket, empty for ``<runtime_dir>/hostel.sock``.
         socket_mode: octal permission bits of that socket.
         socket_group: group that owns the socket, empty for hosteld's own.
         listen: loopback ``address:port`` for TCP, empty for none; needs token_file.
@@ -61,7 +61,7 @@ class Config:
     @property
     def socket_path(self) -> str:
         """Path of the API's Unix socket."""
-        return self.socket or f"{self.runtime_dir}/api.sock"
+        return self.socket or f"{self.runtime_dir}/hostel.sock"
 
 
 _RANGES: Final[dict[str, tuple[float, float]]] = {

@@ -101,14 +101,39 @@ def _make(path: Path, mode: int, *, parents: bool) -> None:
         raise ConfigError(f"{path}: cannot be made: {err.strerror}") from err
 
 
-def lock(state: Path) -> int:
-    """Take the state directory for this process; the lock lives as long as the returned fd.
+def claim_runtime(layout: Layout) -> None:
+    """Note whose runtime directory it is; another state directory's workers are not ours to end.
+
+    The caller holds the lock of both directories.
+
+    Raises:
+        ConfigError: workers of another state directory may run in it.
+    """
+    note = layout.runtime / "state_dir"
+    ours = str(layout.state.resolve())
+    try:
+        theirs = note.read_text() if note.exists() else ours
+        if theirs != ours and any((layout.runtime / "vms").iterdir()):
+            raise ConfigError(
+                f"{layout.runtime} belongs to the VMs of state directory {theirs}; give this one a"
+                " runtime_dir of its own"
+            )
+        note.write_text(ours)
+    except OSError as err:
+        raise ConfigError(f"{note}: {err.strerror}") from err
+
+
+def lock(directory: Path) -> int:
+    """Take a directory for this process; the lock lives as long as the returned fd.
+
+    Call it after the zygote has been forked: a descriptor that it inherits would go on to every
+    worker, and keep the lock for as long as they live.
 
     Raises:
         DirectoryInUse: another hosteld has it; the text names its pid.
         ConfigError: the lock file cannot be opened.
     """
-    path = state / "lock"
+    path = directory / "lock"
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as err:
@@ -120,7 +145,7 @@ def lock(state: Path) -> int:
     except BlockingIOError as err:
         holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
-        raise DirectoryInUse(f"{state}: hosteld with pid {holder} runs on it already") from err
+        raise DirectoryInUse(f"{directory}: hosteld with pid {holder} runs on it already") from err
     except OSError as err:
         os.close(fd)
         raise ConfigError(f"{path}: {err.strerror}") from err

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # A request's body comes in pieces of up to 64 KiB; a thread takes it in larger ones.
 PIECE_BYTES: Final = 1 << 20
+IMPORTS_AT_ONCE: Final = 2
 
 ImageKind = Literal["disk", "initrd"]
 KernelWork = Callable[[Job], Awaitable[Kernel]]
@@ -50,7 +52,10 @@ class Importer:
         self._layout = layout
         # A delete must not take away the bytes that an import has just found to be there already:
         # while one runs, what nobody needs any more waits here.
+        # Of its own, so that long copies do not keep the starts of VMs waiting for a thread.
+        self._threads = ThreadPoolExecutor(IMPORTS_AT_ONCE, "import")
         self._running = 0
+        self._removing = asyncio.Lock()
         self._doomed: set[tuple[Path, str]] = set()
 
     async def sweep(self) -> None:
@@ -68,15 +73,21 @@ class Importer:
 
     async def _remove_doomed(self) -> None:
         """Remove the bytes that no name stands for, unless an import may be about to use them."""
-        while self._doomed and not self._running:
-            directory, sha256 = self._doomed.pop()
-            shelf = self._library.kernels if directory == self._layout.kernels else None
-            if not (shelf or self._library.images).uses_of(sha256):
-                await asyncio.to_thread(remove_stored, directory, sha256)
+        async with self._removing:
+            while self._doomed and not self._running:
+                directory, sha256 = self._doomed.pop()
+                if not self._uses_of(directory, sha256):
+                    await asyncio.to_thread(remove_stored, directory, sha256)
+
+    def _uses_of(self, directory: Path, sha256: str) -> int:
+        if directory == self._layout.kernels:
+            return self._library.kernels.uses_of(sha256)
+        return self._library.images.uses_of(sha256)
 
     @contextlib.asynccontextmanager
     async def _importing(self) -> AsyncIterator[None]:
-        self._running += 1
+        async with self._removing:
+            self._running += 1
         try:
             yield
         finally:
@@ -85,6 +96,10 @@ class Importer:
                 await self._remove_doomed()
             except StorageError as err:
                 log.warning("unused files stay until the next start error=%s", err)
+
+    def close(self) -> None:
+        """Wait for the copies that have been asked to stop."""
+        self._threads.shutdown()
 
     # --- kernels
 
@@ -140,7 +155,8 @@ class Importer:
     ) -> Kernel:
         try:
             async with self._importing():
-                stored = await asyncio.to_thread(take)
+                loop = asyncio.get_running_loop()
+                stored = await loop.run_in_executor(self._threads, take)
                 kernel = Kernel(
                     id=job.about.id,
                     name=name,
@@ -240,7 +256,8 @@ class Importer:
     ) -> Image:
         try:
             async with self._importing():
-                stored = await asyncio.to_thread(take)
+                loop = asyncio.get_running_loop()
+                stored = await loop.run_in_executor(self._threads, take)
                 image = Image(
                     id=job.about.id,
                     name=name,

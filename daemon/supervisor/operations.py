@@ -125,6 +125,7 @@ class Operations:
         self._store = store
         self._tasks = tasks
         self._kept = kept
+        self._running: set[Job] = set()
         self._jobs: dict[str, Job] = {}
         # Ended ones, in order of seq; the newest are last.
         self._ended: dict[str, tuple[int, Operation]] = {}
@@ -158,7 +159,8 @@ class Operations:
         Raises:
             ApiError: the work failed within that time.
         """
-        task = self._tasks.spawn(self._drive(job, work), f"{job.kind} {job.about.name}")
+        name = f"{job.kind} {job.about.name}"
+        task = self._tasks.spawn(self._drive(job, work), name, is_job=True)
         await asyncio.wait({task}, timeout=call.wait_s)
         if not task.done():
             await self._expose(job)
@@ -166,6 +168,7 @@ class Operations:
         return job.outcome()  # type: ignore[return-value]  # what work() returned, or raised
 
     async def _drive(self, job: Job, work: Callable[[Job], Awaitable[R]]) -> None:
+        self._running.add(job)
         try:
             job.finish(await work(job), None)
         except ApiError as err:
@@ -177,6 +180,7 @@ class Operations:
             # The border of a job: its client may be long gone, so the job itself must end well.
             job.finish(None, faults.translate(err, f"{job.kind} {job.about.name}"))
         finally:
+            self._running.discard(job)
             if job.is_exposed:
                 await self._settle(job)
 
@@ -206,6 +210,12 @@ class Operations:
         except StoreFull as err:
             # The work itself goes on, or is done; only its record is at stake.
             log.warning("operation not kept id=%s error=%s", job.id, err)
+
+    def cancel_all(self) -> None:
+        """Ask all jobs to stop that can: hosteld is about to."""
+        for job in self._running:
+            if job.may_cancel:
+                job.cancelled.set()
 
     # --- for clients
 

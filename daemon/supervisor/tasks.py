@@ -22,25 +22,36 @@ class Tasks:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._jobs: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
-        """Run ``work`` in the background; its failure is logged when nobody awaits it."""
+    def spawn(
+        self, work: Coroutine[Any, Any, T], name: str, *, is_job: bool = False
+    ) -> asyncio.Task[T]:
+        """Run ``work`` in the background; its failure is logged.
+
+        Args:
+            work: what to run.
+            name: for the log.
+            is_job: finish() waits for its end.
+        """
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
+        if is_job:
+            self._jobs.add(task)
         task.add_done_callback(self._on_done)
         return task
 
     async def finish(self, grace_s: float) -> None:
-        """Wait for the tasks, then cancel what is left after ``grace_s`` seconds."""
-        current = asyncio.current_task()
-        if tasks := self._tasks - {current}:
-            await asyncio.wait(tasks, timeout=grace_s)
-        left = [task for task in self._tasks if task is not current and not task.done()]
+        """Wait ``grace_s`` seconds for the jobs, then cancel all that is left."""
+        if self._jobs:
+            await asyncio.wait(set(self._jobs), timeout=grace_s)
+        left = [task for task in self._tasks if not task.done()]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
     def _on_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._jobs.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("task failed task=%s", task.get_name(), exc_info=error)

@@ -8,9 +8,11 @@ import asyncio
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from api.errors import HostFailure, Invalid, NotFound
 from api.models.common import ObjectRef
@@ -30,6 +32,8 @@ from .vm_table import VmEntry, VmTable, to_model
 from .workers import KILL_TIMEOUT_S, WorkerPool
 
 log = logging.getLogger(__name__)
+
+CLONES_AT_ONCE: Final = 2
 
 
 class VmMaker:
@@ -54,6 +58,12 @@ class VmMaker:
         self._pool = pool
         self._layout = layout
         self._reserve = Reserve(layout.state)
+        # Of its own, so that long copies do not keep the starts of VMs waiting for a thread.
+        self._threads = ThreadPoolExecutor(CLONES_AT_ONCE, "clone")
+
+    def close(self) -> None:
+        """Wait for the copies that have been asked to stop."""
+        self._threads.shutdown()
 
     # --- create
 
@@ -131,7 +141,7 @@ class VmMaker:
             if disk.is_own and disk.image_id is not None:
                 job.note(f"copying disk {disk.id}")
                 image = self._library.images.get(disk.image_id)
-                await asyncio.to_thread(
+                clone = partial(
                     clone_disk,
                     Path(self._library.image_path(image)),
                     Path(disk.path),
@@ -139,6 +149,7 @@ class VmMaker:
                     progress=job.progress,
                     cancelled=job.cancelled.is_set,
                 )
+                await asyncio.get_running_loop().run_in_executor(self._threads, clone)
 
     async def roll_back(self, entry: VmEntry, actor: str | None) -> None:
         """Remove a VM whose creation did not come to its end; the caller holds the lock."""

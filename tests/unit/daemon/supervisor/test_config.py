@@ -48,7 +48,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path.write_text('log_level = "debug"\nevents_kept = 5000\n')
     config = load(str(path), {"log_level": "error", "socket": None}, uid=0, environ={})
     assert (config.log_level, config.events_kept) == ("error", 5000)
-    assert config.socket_path == "/run/hostel/api.sock"
+    assert config.socket_path == "/run/hostel/hostel.sock"
 
 
 def test_an_unknown_key_names_the_nearest() -> None:

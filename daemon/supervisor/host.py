@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The host as clients see it, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from api.errors import ApiError
+from api.models.resources import Host
+from api.models.vms import VmState, VmStats
+from api.version import API_EXTENSIONS
+
+from . import doctor, procfs
+from .config import Config
+from .vm_run import VmRunner
+from .vm_table import VmEntry, VmTable
+
+# A scrape asks every worker, this many at once, and does not wait longer for any of them.
+STATS_AT_ONCE: Final = 32
+STATS_TIMEOUT_S: Final = 2.0
+
+
+class HostView:
+    """Describes the host; measures once.
+
+    Threads: the event loop's.
+    """
+
+    def __init__(self, config: Config, table: VmTable, version: str) -> None:
+        self._config = config
+        self._table = table
+        self._version = version
+        self._probe: doctor.Probe | None = None
+        self._probing = asyncio.Lock()
+
+    async def describe(self) -> Host:
+        """Return the host with all checks; the first call measures."""
+        probe = await self._measured()
+        findings = await asyncio.to_thread(
+            doctor.examine, self._config.kvm_device, Path(self._config.state_dir), probe
+        )
+        total, available = procfs.memory()
+        states = Counter(entry.record.state for entry in self._table)
+        return Host(
+            hostname=platform.node(),
+            version=self._version,
+            tier=findings.tier,
+            kernel=platform.release(),
+            cpu_count=len(os.sched_getaffinity(0)),
+            memory_bytes=total,
+            memory_available_bytes=available,
+            vm_count=len(self._table),
+            vm_running_count=states[VmState.RUNNING],
+            api_extensions=list(API_EXTENSIONS),
+            checks=findings.checks,
+        )
+
+    async def _measured(self) -> doctor.Probe | None:
+        device = self._config.kvm_device
+        async with self._probing:
+            if self._probe is None and doctor.check_kvm(device).status == "ok":
+                probe = await asyncio.to_thread(doctor.run_probe, device)
+                if probe.measured is None:
+                    return probe  # asked again next time: the host may have been busy
+                self._probe = probe
+            return self._probe
+
+
+async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
+    """Read a live VM's counters.
+
+    Raises:
+        ApiError: its worker does not answer.
+    """
+    told = await runner.ask(entry, "stats")
+    pid = 0 if entry.worker is None else entry.worker.pid
+    known: dict[str, Any] = {
+        name: value for name, value in told.items() if name in VmStats.model_fields
+    }
+    return VmStats.model_validate({**known, "memory_rss_bytes": procfs.rss_bytes(pid)})
+
+
+class Metrics:
+    """The Prometheus exposition.
+
+    Threads: the event loop's.
+    """
+
+    def __init__(self, table: VmTable, runner: VmRunner) -> None:
+        self._table = table
+        self._runner = runner
+
+    async def expose(self) -> bytes:
+        """Ask every live worker, and return the text; who does not answer in time is counted."""
+        slots = asyncio.Semaphore(STATS_AT_ONCE)
+        live = [entry for entry in self._table if entry.worker is not None]
+
+        async def ask(entry: VmEntry) -> tuple[str, VmStats] | None:
+            async with slots:
+                try:
+                    async with asyncio.timeout(STATS_TIMEOUT_S):
+                        return entry.record.name, await vm_stats(self._runner, entry)
+                except (ApiError, TimeoutError):
+                    return None
+
+        answers = await asyncio.gather(*(ask(entry) for entry in live))
+        stats = [answer for answer in answers if answer is not None]
+        states = Counter(entry.record.state for entry in self._table)
+        registry = CollectorRegistry()
+        registry.register(_Snapshot(list(_metrics(states, stats, len(live) - len(stats)))))
+        return generate_latest(registry)
+
+
+class _Snapshot(Collector):
+    """Metrics that were gathered before; the library's way in."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
+
+
+def _metrics(
+    states: Counter[VmState], stats: list[tuple[str, VmStats]], silent: int
+) -> Iterator[Metric]:
+    by_state = GaugeMetricFamily("hostel_vms", "VMs by state.", labels=["state"])
+    for state in VmState:
+        by_state.add_metric([state.value], states[state])
+    yield by_state
+    yield GaugeMetricFamily(
+        "hostel_scrape_failures", "Live VMs that did not tell their counters.", value=silent
+    )
+    rss = GaugeMetricFamily(
+        "hostel_vm_memory_rss_bytes", "Resident memory, guest RAM included.", labels=["vm"]
+    )
+    exits = CounterMetricFamily("hostel_vm_exits", "vCPU exits.", labels=["vm", "kind"])
+    dropped = CounterMetricFamily(
+        "hostel_vm_console_dropped_bytes", "Console output that was lost.", labels=["vm"]
+    )
+    disks = CounterMetricFamily(
+        "hostel_vm_disk", "Disk counters by name.", labels=["vm", "disk", "counter"]
+    )
+    nics = CounterMetricFamily(
+        "hostel_vm_nic", "Interface counters by name.", labels=["vm", "nic", "counter"]
+    )
+    for name, one in stats:
+        rss.add_metric([name], one.memory_rss_bytes)
+        dropped.add_metric([name], one.console_dropped_bytes)
+        for kind, count in one.vcpu_exits.items():
+            exits.add_metric([name, kind], count)
+        for family, devices in ((disks, one.disks), (nics, one.nics)):
+            for device, counters in devices.items():
+                for counter, count in counters.items():
+                    family.add_metric([name, device, counter], count)
+    yield from (rss, exits, dropped, disks, nics)

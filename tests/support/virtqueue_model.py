@@ -9,7 +9,7 @@ cannot wrap, overflow or leave a mapping. Hypothesis compares it with the C ring
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 
@@ -67,7 +67,8 @@ class ModelQueue:
     next_used: int = 0
     published: int = 0
     is_broken: bool = False
-    in_flight: int = field(default=0)
+    in_flight: int = 0
+    seen: int = 0  # avail.idx; looked at again only when all of it has been popped
 
     def pop(self) -> ModelChain | None:
         if self.is_broken:
@@ -79,10 +80,12 @@ class ModelQueue:
             raise
 
     def _pop(self) -> ModelChain | None:
-        waiting = (self.memory.u16(self.avail + 2) - self.next_avail) % 65536
-        if waiting > self.size:
-            raise Broken("avail.idx jumped")
-        if waiting == 0:
+        if self.seen == self.next_avail:
+            idx = self.memory.u16(self.avail + 2)
+            if (idx - self.next_avail) % 65536 > self.size:
+                raise Broken("avail.idx jumped")
+            self.seen = idx
+        if self.seen == self.next_avail:
             return None
         if self.in_flight == self.size:
             raise Broken("more chains than descriptors")
@@ -132,6 +135,10 @@ class ModelQueue:
             tuple((addr, length) for addr, length, kind in buffers if length and kind),
         )
 
+    def unpop(self, count: int) -> None:
+        self.next_avail = (self.next_avail - count) % 65536
+        self.in_flight -= count
+
     def add_used(self, head: int, written: int) -> None:
         slot = self.next_used % self.size
         self.memory.write(self.used + 4 + 8 * slot, struct.pack("<II", head, written))
@@ -149,3 +156,12 @@ class ModelQueue:
             # 2.7.7.2: interrupt when the element at used_event is among the new ones.
             return self.memory.u16(self.avail + 4 + 2 * self.size) in fresh
         return not self.memory.u16(self.avail) & 1
+
+    def enable_kick(self) -> bool:
+        if self.is_broken:
+            return False
+        if self.event_idx:
+            self.memory.write(self.used + 4 + 8 * self.size, struct.pack("<H", self.next_avail))
+        else:
+            self.memory.write(self.used, bytes(2))
+        return self.memory.u16(self.avail + 2) != self.next_avail

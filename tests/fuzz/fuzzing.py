@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Builds and runs the fuzz targets of the C core, briefly from pytest or at length by hand.
+
+    python -m tests.fuzz.fuzzing virtqueue --seconds 3600
+
+A crash leaves its input in the directory of the run; give that file as --input to see it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+HERE: Final = Path(__file__).resolve().parent
+CSRC: Final = HERE.parent.parent / "kvm_ffi" / "csrc"
+TARGETS: Final = ("virtqueue", "blk", "net")
+CORE: Final = ("guest_mem", "virtqueue", "engine", "blk_engine", "net_engine")
+MAX_INPUT_BYTES: Final = 2048
+
+# Where guest.h puts the rings.
+AVAIL, USED, SECOND = 0x80, 0xA0, 0x100
+NEXT, WRITE, INDIRECT = 1, 2, 4
+
+
+def build(name: str, directory: Path, *, is_fuzzer: bool = True) -> Path:
+    """Compile a program of this folder with the sources that it attacks."""
+    program = directory / name
+    sanitize = "address,undefined" + (",fuzzer" if is_fuzzer else "")
+    sources = [HERE / f"{name}.c", *(CSRC / f"{unit}.c" for unit in CORE)]
+    command = ["clang", "-std=gnu11", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread",
+               f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{HERE}",
+               "-o", str(program), *map(str, sources)]  # fmt: skip
+    subprocess.run(command, check=True)
+    return program
+
+
+def fuzz(name: str, directory: Path, limits: list[str]) -> None:
+    """Run one target on its seeds and a corpus in `directory`.
+
+    Raises:
+        CalledProcessError: it found something; the message of the sanitizer is on stderr.
+    """
+    program = build(f"fuzz_{name}", directory)
+    corpus, seeds = directory / f"{name}.corpus", directory / f"{name}.seeds"
+    corpus.mkdir(exist_ok=True)
+    seeds.mkdir(exist_ok=True)
+    for index, seed in enumerate(SEEDS[name]()):
+        (seeds / f"{index:02}").write_bytes(seed)
+    command = [str(program), str(corpus), str(seeds), f"-max_len={MAX_INPUT_BYTES}", "-timeout=20",
+               f"-artifact_prefix={directory}/{name}-", "-verbosity=0", *limits]  # fmt: skip
+    subprocess.run(command, check=True)
+
+
+def desc(addr: int, length: int, flags: int = 0, after: int = 0) -> bytes:
+    """One descriptor."""
+    return struct.pack("<QIHH", addr, length, flags, after)
+
+
+def avail(*heads: int) -> bytes:
+    """An avail ring that offers some heads."""
+    return struct.pack("<HH", 0, len(heads)) + b"".join(struct.pack("<H", head) for head in heads)
+
+
+def image(*pieces: tuple[int, bytes]) -> bytes:
+    """(gpa, bytes) pieces as guest memory from 0, with its length in front."""
+    memory = bytearray(max(gpa + len(data) for gpa, data in pieces))
+    for gpa, data in pieces:
+        memory[gpa : gpa + len(data)] = data
+    return struct.pack("<H", len(memory)) + bytes(memory)
+
+
+def virtqueue_seeds() -> list[bytes]:
+    """Chains as drivers build them, then pop, use, publish."""
+    ops = bytes([0, 0, 2, 1, 0, 2, 1, 0, 3, 4, 0])
+    chain = desc(0x400, 16, NEXT, 1) + desc(0x500, 64, NEXT | WRITE, 2) + desc(0x600, 1, WRITE)
+    plain = image((0, chain), (AVAIL, avail(0, 2)))
+    table = image((0, desc(0x300, 48, INDIRECT)), (AVAIL, avail(0)), (0x300, chain))
+    high = image((0, desc(0x47FF, 1, WRITE)), (AVAIL, avail(0)))
+    # One entry, popped, then offered again while it is in flight.
+    reuse = image((0, desc(0x400, 1)), (AVAIL, avail(0)))
+    again = bytes([0, 5, 0]) + struct.pack("<HB", AVAIL + 2, 2) + bytes([0, 0])
+    return [
+        struct.pack("<BH", setup, 0) + body + ops
+        for body in (plain, table, high)
+        for setup in (3 << 2, 3 << 2 | 3)
+    ] + [struct.pack("<BH", 0, 0) + reuse + again, struct.pack("<BH", 0, 0) + reuse + b"\0\6\0"]
+
+
+def blk_request(kind: int, sector: int, body: bytes, *, is_read: bool, length: int) -> bytes:
+    """One request through the ring, without mutations behind it."""
+    chain = desc(0x200, 16, NEXT, 1)
+    chain += desc(0x300, length, NEXT | (WRITE if is_read else 0), 2) + desc(0x220, 1, WRITE)
+    header = struct.pack("<IIQ", kind, 0, sector)
+    return image((0, chain), (AVAIL, avail(0)), (0x200, header), (0x300, body))
+
+
+def blk_seeds() -> list[bytes]:
+    """One request of each type."""
+    segment = struct.pack("<QII", 3, 4, 0)
+    requests = [
+        blk_request(0, 1, b"", is_read=True, length=1024),
+        blk_request(1, 1, b"data", is_read=False, length=512),
+        blk_request(4, 0, b"", is_read=False, length=0),
+        blk_request(8, 0, b"", is_read=True, length=20),
+        blk_request(11, 0, segment * 3, is_read=False, length=48),
+        blk_request(13, 0, segment, is_read=False, length=16),
+    ]
+    return [bytes([setup]) + body for body in requests for setup in (0, 9)]
+
+
+def net_seeds() -> list[bytes]:
+    """Receive buffers, packets to send, packets that arrive."""
+    receive = b"".join(desc(0x400 + 0x100 * index, 0x100, WRITE) for index in range(4))
+    send = desc(0x200, 12, NEXT, 1) + desc(0x300, 200) + desc(0x200, 60)
+    body = image(
+        (0, receive),
+        (AVAIL, avail(0, 1, 2, 3)),
+        (SECOND, send),
+        (SECOND + AVAIL, avail(0, 2)),
+        (0x300, b"\0"),
+    )
+    packets = b"".join(struct.pack("<BHB", 1, length, 1) for length in (60, 300, 5000, 11, 65000))
+    # (buffers in a chain, their length, chains offered), then packets of a length
+    large = [
+        struct.pack("<HHH", *ring) + struct.pack("<BHB", 1, length, 31) * 4
+        for *ring, length in ((1023, 16, 3, 900), (16, 63, 500, 950), (599, 64, 9, 40000))
+    ]
+    return [bytes([setup]) + body + packets for setup in (0, 1, 4, 5)] + [
+        bytes([setup]) + struct.pack("<H", 0) + ring for ring in large for setup in (8, 12)
+    ]
+
+
+SEEDS: Final = {"virtqueue": virtqueue_seeds, "blk": blk_seeds, "net": net_seeds}
+
+
+def main(argv: list[str]) -> int:
+    """Fuzz one target until the time is up or something is found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--directory", type=Path, default=Path(".cache/fuzz"))
+    parser.add_argument("--input", type=Path, help="run this one input instead")
+    options = parser.parse_args(argv)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    if options.input is not None:
+        program = build(f"fuzz_{options.target}", options.directory)
+        return subprocess.run([str(program), str(options.input)], check=False).returncode
+    fuzz(options.target, options.directory, [f"-max_total_time={options.seconds}"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -41,9 +41,9 @@ class Request(BaseModel):
 
 
 class Response(BaseModel):
-    """Base of every response body."""
+    """Base of every response body: v1 grows, so a client ignores fields that it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Page(Response, Generic[T]):

@@ -110,7 +110,7 @@ async def _sse_lines(events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
         async for event in lines:
             yield b": alive\n\n" if event is None else _sse_event(event)
     except ApiError as err:
-        yield f"event: error\ndata: {err.problem().model_dump_json()}\n\n".encode()
+        yield f"event: problem\ndata: {err.problem().model_dump_json()}\n\n".encode()
     finally:
         await close_source(lines)
 

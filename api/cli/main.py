@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""``hostel``: the command line client.
+
+Exit codes: 0 done; 1 the daemon refused or failed; 2 wrong usage; 3 no daemon answers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import artifacts, host, operations, vm
+from .support import Where, group
+
+app = group(
+    "Run virtual machines on this host.",
+    epilog="Exit codes: 0 done; 1 the daemon refused or failed; 2 wrong usage; 3 no daemon "
+    "answers. The daemon is found by HOSTEL_URL (with HOSTEL_TOKEN), HOSTEL_SOCKET, the user's "
+    "own socket, the system's socket, in this order.",
+)
+app.add_typer(vm.app, name="vm")
+app.add_typer(artifacts.kernels, name="kernel")
+app.add_typer(artifacts.images, name="image")
+app.add_typer(operations.app, name="operation")
+app.command()(host.events)
+app.command()(host.host)
+app.command()(host.doctor)
+
+
+@app.callback()
+def place(
+    context: typer.Context,
+    socket: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The daemon's Unix socket.")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="The daemon's URL; its token is in HOSTEL_TOKEN.")
+    ] = None,
+) -> None:
+    """Run virtual machines on this host."""
+    context.obj = Where(socket=socket, url=url)
+
+
+def main() -> None:
+    """Run the program."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

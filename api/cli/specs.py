@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Reads devices as they are written on a command line.
+
+A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro`` and ``,size=MIB``.
+A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class BadSpec(ValueError):
+    """A device as it was written cannot be read."""
+
+
+def parse_disk(text: str) -> dict[str, Any]:
+    """Return the fields of a DiskCreate."""
+    disk_id, equals, rest = text.partition("=")
+    source, *options = rest.split(",")
+    if not (disk_id and equals and source):
+        raise BadSpec(f"disk {text!r}: write ID=image:NAME or ID=/FILE, such as root=image:debian")
+    disk: dict[str, Any] = {"id": disk_id}
+    kind, colon, value = source.partition(":")
+    if source.startswith("/"):
+        disk["path"] = source
+    elif colon and kind in {"image", "path"}:
+        disk[kind] = value
+    else:
+        raise BadSpec(f"disk {text!r}: {source!r} must be image:NAME, path:/FILE or /FILE")
+    for option in options:
+        name, _, value = option.partition("=")
+        if option == "ro":
+            disk["read_only"] = True
+        elif name == "size":
+            disk["size_mib"] = _number(text, name, value)
+        else:
+            raise BadSpec(f"disk {text!r}: unknown option {option!r}; known: ro, size=MIB")
+    return disk
+
+
+def parse_nic(text: str) -> dict[str, Any]:
+    """Return the fields of a NicCreate."""
+    nic_id, *options = text.split(",")
+    nic: dict[str, Any] = {"id": nic_id}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or name not in {"tap", "bridge", "mac", "mtu"}:
+            raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: tap, bridge, mac, mtu")
+        nic[name] = _number(text, name, value) if name == "mtu" else value
+    return nic
+
+
+def parse_label(text: str) -> tuple[str, str]:
+    """Return key and value of ``KEY=VALUE``."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise BadSpec(f"label {text!r}: write KEY=VALUE")
+    return key, value
+
+
+def _number(text: str, name: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise BadSpec(f"{text!r}: {name}={value!r} must be a whole number")
+    return int(value)

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The command line: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from api.cli.main import app
+from api.cli.specs import BadSpec, parse_disk, parse_label, parse_nic
+from api.models.common import ObjectRef
+from api.models.resources import OperationState
+from api.models.vms import VmState
+from tests.api.live import DEADLINE_S, LiveServer
+
+ROOT = Path(__file__).parents[2]
+CREATE = [
+    *("vm", "create", "web-1", "--kernel", "debian", "--disk", "root=image:debian"),
+    *("--nic", "net0", "--vcpus", "2", "--memory", "256", "--start"),
+]
+VM = ObjectRef(kind="vm", id="1", name="web-1")
+
+
+class Cli:
+    """Runs commands against a live daemon."""
+
+    def __init__(self, live: LiveServer) -> None:
+        self.live = live
+        self.environ = {"HOSTEL_SOCKET": live.path, "HOSTEL_URL": "", "HOSTEL_TOKEN": ""}
+
+    def run(self, *words: str, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, list(words), env=self.environ)
+        assert result.exit_code == code, result.output
+        return result
+
+    def json(self, *words: str) -> Any:  # noqa: ANN401 - whatever JSON holds
+        return json.loads(self.run(*words, "--json").stdout)
+
+
+@pytest.fixture
+def cli(live: LiveServer) -> Cli:
+    return Cli(live)
+
+
+def test_create_of_the_manual_makes_a_running_vm(cli: Cli) -> None:
+    assert cli.run(*CREATE).stdout == "web-1 is running\n"
+    (vm,) = cli.live.service.vms.values()
+    assert (vm.vcpus, vm.memory_mib, vm.state) == (2, 256, VmState.RUNNING)
+    assert vm.disks[0].image == "debian"
+    assert vm.nics[0].id == "net0"
+
+
+def test_create_prints_the_vm_as_json(cli: Cli) -> None:
+    vm = cli.json(*CREATE, "--label", "env=prod", "--cmdline", "quiet")
+    assert (vm["name"], vm["labels"], vm["cmdline"]) == ("web-1", {"env": "prod"}, "quiet")
+
+
+def test_vm_is_steered_from_start_to_delete(cli: Cli) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian")
+    for action, state in [
+        ("start", "running"),
+        ("pause", "paused"),
+        ("resume", "running"),
+        ("reset", "running"),
+        ("ctrl-alt-del", "running"),
+        ("kill", "stopped"),
+    ]:
+        assert cli.run("vm", action, "web-1").stdout == f"web-1 is {state}\n"
+    cli.run("vm", "start", "web-1")
+    cli.run("vm", "stop", "web-1", "--timeout", "5", "--no-kill")
+    assert cli.live.service.stops[-1] is not None
+    assert cli.live.service.stops[-1].model_dump() == {"timeout_s": 5, "force": False}
+    assert cli.run("vm", "delete", "web-1").stdout == "web-1 is deleted\n"
+
+
+def test_list_is_a_table_or_json(cli: Cli) -> None:
+    cli.run(*CREATE)
+    lines = cli.run("vm", "list").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "STATE", "VCPUS", "MEMORY", "KERNEL", "ID"]
+    assert lines[1].split()[:2] == ["web-1", "running"]
+    assert [vm["name"] for vm in cli.json("vm", "list")] == ["web-1"]
+    assert cli.json("vm", "list", "--state", "stopped") == []
+
+
+def test_show_and_stats_tell_of_devices(cli: Cli) -> None:
+    cli.run(*CREATE)
+    assert "/state/debian" in cli.run("vm", "show", "web-1").stdout
+    assert "read_bytes" in cli.run("vm", "stats", "web-1").stdout
+    assert cli.json("vm", "show", "web-1")["nics"][0]["tap"] == "tap0"
+    assert cli.json("vm", "stats", "web-1")["disks"] == {"root": {"read_bytes": 512}}
+
+
+def test_values_are_no_markup(cli: Cli) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian", "--cmdline", "a[red]b")
+    assert "a[red]b" in cli.run("vm", "show", "web-1").stdout
+
+
+@pytest.mark.parametrize("kind", ["kernel", "image"])
+def test_kernels_and_images_have_their_commands(cli: Cli, kind: str, tmp_path: Path) -> None:
+    cli.run(kind, "import", "debian", "/boot/file")
+    file = tmp_path / "file"
+    file.write_bytes(b"\x7fELF" * 1000)
+    made = cli.json(kind, "import", "tiny", str(file), "--upload")
+    assert made["size_bytes"] == 4000
+    assert "tiny" in cli.run(kind, "list").stdout
+    assert [each["name"] for each in cli.json(kind, "list")] == ["debian", "tiny"]
+    assert "4000" in cli.run(kind, "show", "tiny").stdout
+    assert cli.json(kind, "show", "tiny") == made
+    assert cli.json(kind, "delete", "tiny") == {"deleted": "tiny"}
+    assert cli.run(kind, "delete", "debian").stdout == "debian is deleted\n"
+
+
+def test_image_kind_is_checked(cli: Cli) -> None:
+    assert (
+        "must be disk or initrd"
+        in cli.run(*["image", "import", "a", "/b", "--kind", "x"], code=2).stderr
+    )
+
+
+def test_upload_of_a_missing_file_is_wrong_usage(cli: Cli) -> None:
+    result = cli.run("kernel", "import", "a", "/nowhere/file", "--upload", code=2)
+    assert result.stderr == (
+        "hostel: /nowhere/file: No such file or directory; name a file that you may read\n"
+    )
+
+
+def test_operation_is_shown_instead_of_waited_for(cli: Cli) -> None:
+    cli.run(*CREATE)
+    cli.live.service.is_slow = True
+    operation = cli.json("vm", "stop", "web-1", "--no-wait")
+    assert operation["kind"] == "vm.stop"
+    assert "begun" in cli.run("operation", "show", operation["id"]).stdout
+    assert "running" in cli.run("operation", "list").stdout
+    assert cli.json("operation", "show", operation["id"])["state"] == "running"
+    assert cli.json("operation", "cancel", operation["id"])["state"] == "cancelled"
+    assert cli.json("operation", "list")[0]["id"] == operation["id"]
+    slow = cli.run("vm", "delete", "web-1", "--force", "--no-wait").stdout
+    assert re.fullmatch(r"deleting web-1: operation [0-9a-f]+\n", slow)
+
+
+def test_events_are_lines(cli: Cli) -> None:
+    cli.run(*CREATE)
+    cli.run("vm", "pause", "web-1")
+    lines = cli.run("events", "--json").stdout.splitlines()
+    assert [json.loads(line)["type"] for line in lines] == ["vm.created", "vm.pause"]
+    assert "vm.pause" in cli.run("events", "--after", "1").stdout
+    assert "vm.created" not in cli.run("events", "--after", "1").stdout
+
+
+def test_logs_are_printed_whole(cli: Cli) -> None:
+    cli.run(*CREATE)
+    data = b"line\n" * 500_000  # more than one read
+    cli.live.run(cli.live.service.say("web-1", data))
+    assert cli.run("vm", "logs", "web-1").stdout_bytes == data
+    assert cli.run("vm", "logs", "web-1", "--offset", "-5").stdout == "line\n"
+    assert cli.json("vm", "logs", "web-1", "--offset", "-5") == {"output": "line\n"}
+
+
+def test_followed_logs_end_with_the_vm(cli: Cli) -> None:
+    cli.run(*CREATE)
+    cli.live.run(cli.live.service.say("web-1", b"bye\n"))
+    process = subprocess.Popen(
+        command("vm", "logs", "web-1", "-f"), stdout=subprocess.PIPE, env=environ(cli), cwd=ROOT
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"bye\n"
+        cli.run("vm", "delete", "web-1", "--force")
+        assert process.stdout.read() == b""
+    assert process.returncode == 0
+
+
+def test_host_is_shown(cli: Cli) -> None:
+    assert "direct" in cli.run("host").stdout
+    assert cli.json("host")["cpu_count"] == 2
+
+
+def test_doctor_asks_the_daemon_and_names_the_remedy(cli: Cli) -> None:
+    assert "modprobe tun" in cli.run("doctor", code=1).stdout
+    result = cli.run("doctor", "--json", code=1)
+    assert [check["status"] for check in json.loads(result.stdout)] == ["ok", "missing"]
+
+
+def fake_hosteld(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = directory / "hosteld"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(directory / "hostel")])
+
+
+def test_doctor_asks_the_program_when_no_daemon_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = '{"name": "kvm", "status": "ok", "detail": "API 12", "remedy": null}'
+    fake_hosteld(tmp_path, f"echo '[{check}]'", monkeypatch)
+    result = CliRunner().invoke(app, ["--socket", str(tmp_path / "none"), "doctor"])
+    assert result.exit_code == 0
+    assert "API 12" in result.stdout
+    assert "hosteld --doctor" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["echo broken >&2; exit 1", "echo '{}'"])
+def test_doctor_tells_when_the_program_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    fake_hosteld(tmp_path, script, monkeypatch)
+    result = CliRunner().invoke(app, ["--socket", str(tmp_path / "none"), "doctor"])
+    assert result.exit_code == 3
+    assert "--doctor failed" in result.stderr
+
+
+def test_doctor_waits_only_so_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.cli.host.DOCTOR_DEADLINE_S", 0.1)
+    fake_hosteld(tmp_path, "exec sleep 60", monkeypatch)
+    result = CliRunner().invoke(app, ["--socket", str(tmp_path / "none"), "doctor"])
+    assert (result.exit_code, "took longer" in result.stderr) == (3, True)
+
+
+def test_refusal_is_one_line_and_exit_1(cli: Cli) -> None:
+    result = cli.run("vm", "show", "none", code=1)
+    assert (result.stdout, result.stderr) == (
+        "",
+        "hostel: vm none is not there [vm_not_found]\n",
+    )
+
+
+def test_failed_operation_is_exit_1(cli: Cli) -> None:
+    cli.run(*CREATE)
+    cli.live.service.is_slow = True
+    operation = cli.live.service.operation("vm.stop", VM)
+    cli.live.run(cli.live.service.finish(operation.id, OperationState.CANCELLED))
+    cli.live.service.operation = lambda kind, ref: cli.live.service.operations[operation.id]  # type: ignore[method-assign]
+    assert "vm.stop was cancelled" in cli.run("vm", "stop", "web-1", code=1).stderr
+
+
+def test_no_daemon_is_exit_3_with_what_to_do(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["--socket", str(tmp_path / "none"), "vm", "list"])
+    assert result.exit_code == 3
+    assert "HOSTEL_SOCKET" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["vm", "create"], "Missing argument"),
+        (["vm", "create", "a", "--kernel", "k", "--vcpus", "99"], "vcpus=99: must be 1..16"),
+        (["vm", "create", "A", "--kernel", "k"], "name"),
+        (["vm", "create", "a", "--kernel", "k", "--disk", "root"], "write ID=image:NAME"),
+        (["vm", "list", "--state", "asleep"], "must be one of creating"),
+        (["vm", "fly"], "No such command"),
+    ],
+)
+def test_wrong_usage_is_exit_2(cli: Cli, words: list[str], says: str) -> None:
+    assert says in cli.run(*words, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "disk"),
+    [
+        ("root=image:debian", {"id": "root", "image": "debian"}),
+        ("root=image:debian,size=512", {"id": "root", "image": "debian", "size_mib": 512}),
+        ("data=/dev/vg0/a,ro", {"id": "data", "path": "/dev/vg0/a", "read_only": True}),
+        ("data=path:/a:b", {"id": "data", "path": "/a:b"}),
+    ],
+)
+def test_disk_is_read_as_written(text: str, disk: dict[str, Any]) -> None:
+    assert parse_disk(text) == disk
+
+
+@pytest.mark.parametrize(
+    "text", ["root", "=image:a", "root=", "root=debian", "root=image:a,rw", "root=image:a,size=x"]
+)
+def test_unreadable_disk_says_how_to_write_it(text: str) -> None:
+    with pytest.raises(BadSpec, match=re.escape(repr(text))):
+        parse_disk(text)
+
+
+def test_nic_is_read_as_written() -> None:
+    nic = parse_nic("net0,tap=tap7,bridge=br0,mac=02:00:00:00:00:01,mtu=1400")
+    assert nic == {
+        "id": "net0",
+        "tap": "tap7",
+        "bridge": "br0",
+        "mac": "02:00:00:00:00:01",
+        "mtu": 1400,
+    }
+
+
+@pytest.mark.parametrize("text", ["net0,tap", "net0,vlan=3", "net0,mtu=x"])
+def test_unreadable_nic_is_refused(text: str) -> None:
+    with pytest.raises(BadSpec):
+        parse_nic(text)
+
+
+def test_label_needs_a_value() -> None:
+    assert parse_label("a=b=c") == ("a", "b=c")
+    with pytest.raises(BadSpec):
+        parse_label("a")
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "api.cli.main", *words]
+
+
+def environ(cli: Cli) -> dict[str, str]:
+    return os.environ | cli.environ
+
+
+def test_real_process_prints_json_alone_on_stdout(cli: Cli) -> None:
+    run = subprocess.run(
+        command(*CREATE, "--json"),
+        env=environ(cli),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    assert json.loads(run.stdout)["name"] == "web-1"
+    assert run.stderr == b""
+
+
+def test_help_loads_neither_client_nor_models(cli: Cli) -> None:
+    code = (
+        "import sys; from api.cli import main; "
+        "print(*{'httpx', 'pydantic', 'rich', 'websockets', 'fastapi'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert run.stdout.strip() == b""
+
+
+def test_console_joins_a_terminal_and_gives_it_back(cli: Cli) -> None:
+    cli.run(*CREATE)
+    cli.live.run(cli.live.service.say("web-1", b"login: "))
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    process = subprocess.Popen(
+        command("vm", "console", "web-1"),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environ(cli),
+        cwd=ROOT,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.read(7) == b"login: "
+        assert termios.tcgetattr(theirs) != before
+        os.write(ours, b"root\r\x03")  # Ctrl-C is the guest's
+        cli.live.wait_until(lambda: bytes(*cli.live.service.typed.values()) == b"root\r\x03")
+        os.write(ours, b"bye\x1dignored")
+        assert process.wait(DEADLINE_S) == 0
+    assert bytes(*cli.live.service.typed.values()) == b"root\r\x03bye"
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_killed_console_gives_the_terminal_back(cli: Cli) -> None:
+    cli.run(*CREATE)
+    cli.live.run(cli.live.service.say("web-1", b"x"))
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    process = subprocess.Popen(
+        command("vm", "console", "web-1"),
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environ(cli),
+        cwd=ROOT,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"x"
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 128 + 15
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_piped_console_types_its_input_and_leaves(cli: Cli) -> None:
+    cli.run(*CREATE)
+    run = subprocess.run(
+        command("vm", "console", "web-1"),
+        input=b"ls\n",
+        env=environ(cli),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=True,
+    )
+    assert run.stderr == b""
+    cli.live.wait_until(lambda: bytes(*cli.live.service.typed.values()) == b"ls\n")
+
+
+def test_console_of_a_missing_vm_is_exit_1(cli: Cli) -> None:
+    run = subprocess.run(
+        command("vm", "console", "none"),
+        stdin=subprocess.DEVNULL,
+        env=environ(cli),
+        cwd=ROOT,
+        capture_output=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (1, b"hostel: vm none is not there [vm_not_found]\n")

@@ -10,6 +10,7 @@ holds a `struct guest_mem` that is written here once and only read afterwards.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -122,17 +123,28 @@ class GuestMemory:
         _check(lib.guest_mem_zero(self._mem, gpa, length))
 
     def load_fd(self, gpa: Gpa, fd: int, file_offset: int, length: int) -> None:
-        """Read part of a file straight into guest memory, without the GIL.
+        """Copy part of a file into guest memory, inside the kernel and without the GIL.
+
+        It goes into the memfd, not through the mapping: that would fault on each page of it,
+        and takes twice as long.
 
         Raises:
             BadGuestAddress: the range is not inside one region.
-            OSError: ENODATA when the file ends early, EINVAL for an offset past 2**63, or
-                what pread(2) said.
+            OSError: ENODATA when the file ends early, or what sendfile(2) said.
+
+        Threads: one at a time; the memfd's file position is in use.
         """
         self._require(gpa, length)
         if not 0 <= file_offset < 1 << 63:
             raise ValueError(f"file_offset={file_offset}: must be 0..2**63-1")
-        _check(lib.guest_mem_load_fd(self._mem, gpa, fd, file_offset, length))
+        region = next(r for r in self.regions if r.gpa <= gpa < r.gpa + r.size_bytes)
+        os.lseek(self.fd, region.file_offset + gpa - region.gpa, os.SEEK_SET)
+        while length:
+            copied = os.sendfile(self.fd, fd, file_offset, length)
+            if copied == 0:
+                raise OSError(errno.ENODATA, f"the file ends at {file_offset}, {length} bytes early")
+            file_offset += copied
+            length -= copied
 
     def _require(self, gpa: int, length: int) -> None:
         """Refuse what does not even fit C's unsigned types, then what is not RAM."""

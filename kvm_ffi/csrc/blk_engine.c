@@ -30,7 +30,7 @@ struct blk_engine {
 	struct engine_gate gate;
 	struct blk_stats stats;
 	uint64_t size_sectors; /* atomic: another thread may resize the disk */
-	uint32_t fault;	       /* atomic: enum engine_fault */
+	uint32_t fault; /* atomic: enum engine_fault */
 	uint32_t n_staged;
 	uint64_t staged_since_ns;
 	struct iovec iov[VIRTQUEUE_MAX_SIZE];
@@ -42,7 +42,7 @@ struct blk_request {
 	uint32_t type;
 	uint64_t sector;
 	struct iovec *out; /* what the driver sent, behind the header */
-	struct iovec *in;  /* what the driver receives, before the status byte */
+	struct iovec *in; /* what the driver receives, before the status byte */
 	uint32_t n_out;
 	uint32_t n_in;
 	uint32_t out_len;
@@ -154,8 +154,8 @@ static uint64_t transfer(int fd, bool is_write, struct iovec *iov, uint32_t n_io
 
 	while (done < len) {
 		off_t at = (off_t)(offset + done);
-		ssize_t moved = is_write ? pwritev(fd, iov, (int)n_iov, at)
-					 : preadv(fd, iov, (int)n_iov, at);
+		ssize_t moved =
+		    is_write ? pwritev(fd, iov, (int)n_iov, at) : preadv(fd, iov, (int)n_iov, at);
 
 		if (moved < 0 && errno == EINTR)
 			continue;
@@ -233,7 +233,7 @@ static uint8_t zero_range(struct blk_engine *engine, uint64_t offset, uint64_t l
 		return host_error(engine);
 	while (len > 0) {
 		uint64_t here = len < ZERO_CHUNK_BYTES ? len : ZERO_CHUNK_BYTES;
-		struct iovec iov = { .iov_base = (void *)(uintptr_t)zero_chunk, .iov_len = here };
+		struct iovec iov = {.iov_base = (void *)(uintptr_t)zero_chunk, .iov_len = here};
 
 		if (transfer(fd, true, &iov, 1, offset, here) != here)
 			return host_error(engine);
@@ -367,7 +367,7 @@ int blk_engine_serve(struct blk_engine *engine)
 {
 	/* Guest-controlled: the ring and every request in it. */
 	struct virtqueue *vq = engine->config.vq;
-	struct desc_chain chain = { .iov = engine->iov, .max_iov = VIRTQUEUE_MAX_SIZE };
+	struct desc_chain chain = {.iov = engine->iov, .max_iov = VIRTQUEUE_MAX_SIZE};
 	struct blk_request req;
 	int got = 0;
 
@@ -399,8 +399,8 @@ int blk_engine_serve(struct blk_engine *engine)
 static int wait_for_kick(struct blk_engine *engine)
 {
 	struct pollfd fds[2] = {
-		{ .fd = engine->config.kick_fd, .events = POLLIN },
-		{ .fd = engine->gate.wake_fd, .events = POLLIN },
+	    {.fd = engine->config.kick_fd, .events = POLLIN},
+	    {.fd = engine->gate.wake_fd, .events = POLLIN},
 	};
 
 	if (poll(fds, 2, -1) < 0)

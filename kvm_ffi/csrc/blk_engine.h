@@ -37,10 +37,10 @@ struct blk_stats {
 	uint64_t get_ids;
 	uint64_t read_bytes;
 	uint64_t write_bytes;
-	uint64_t errors;      /* answered with IOERR */
+	uint64_t errors; /* answered with IOERR */
 	uint64_t unsupported; /* answered with UNSUPP */
 	uint64_t host_errors; /* of the errors: those that the host's file gave */
-	uint64_t syncs;	      /* fdatasync calls */
+	uint64_t syncs; /* fdatasync calls */
 	uint64_t kicks;
 	uint64_t interrupts;
 };

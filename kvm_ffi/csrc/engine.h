@@ -19,15 +19,15 @@
 /* Why an engine signalled its fault eventfd. */
 enum engine_fault {
 	ENGINE_FAULT_NONE = 0,
-	ENGINE_FAULT_RING = 1,	  /* the driver broke a ring: the device needs a reset */
+	ENGINE_FAULT_RING = 1, /* the driver broke a ring: the device needs a reset */
 	ENGINE_FAULT_BACKEND = 2, /* the host side is gone for good (the tap was deleted) */
 };
 
 struct engine_gate {
 	pthread_mutex_t lock;
 	pthread_cond_t changed; /* any of the flags below, under lock */
-	int wake_fd;		/* eventfd in the engine's poll set; the engine drains it */
-	uint32_t attention;	/* atomic: wants_quiet || wants_stop, read without the lock */
+	int wake_fd; /* eventfd in the engine's poll set; the engine drains it */
+	uint32_t attention; /* atomic: wants_quiet || wants_stop, read without the lock */
 	bool wants_quiet;
 	bool wants_stop;
 	bool is_running;

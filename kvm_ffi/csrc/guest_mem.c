@@ -75,31 +75,6 @@ int guest_mem_zero(const struct guest_mem *mem, uint64_t gpa, uint64_t len)
 	return 0;
 }
 
-int guest_mem_load_fd(const struct guest_mem *mem, uint64_t gpa, int fd, uint64_t file_offset,
-		      uint64_t len)
-{
-	/* Guest-controlled: none. The caller's gpa and len may come from an image file. */
-	uint8_t *to = guest_mem_ptr(mem, gpa, len);
-	uint64_t done = 0;
-
-	if (!to)
-		return -EFAULT;
-	if (file_offset > INT64_MAX || len > INT64_MAX - file_offset)
-		return -EINVAL;
-	while (done < len) {
-		ssize_t got = pread(fd, to + done, len - done, (off_t)(file_offset + done));
-
-		if (got < 0 && errno == EINTR)
-			continue;
-		if (got < 0)
-			return -errno;
-		if (got == 0)
-			return -ENODATA;
-		done += (uint64_t)got;
-	}
-	return 0;
-}
-
 int guest_mem_map(struct guest_mem *mem, int memfd, uint64_t file_offset, uint64_t gpa,
 		  uint64_t size)
 {

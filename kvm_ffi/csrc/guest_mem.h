@@ -37,11 +37,6 @@ int guest_mem_write(const struct guest_mem *mem, uint64_t gpa, const void *buf, 
 /* Zero a range; whole pages are given back to the host. */
 int guest_mem_zero(const struct guest_mem *mem, uint64_t gpa, uint64_t len);
 
-/* Fill a range from a file: 0, -EFAULT, -ENODATA at an early end of file, or
- * the errno of pread(2). */
-int guest_mem_load_fd(const struct guest_mem *mem, uint64_t gpa, int fd, uint64_t file_offset,
-		      uint64_t len);
-
 /* Map [file_offset, file_offset + size) of a memfd as a region at gpa (all three
  * page aligned, by the caller); append it to the table. */
 int guest_mem_map(struct guest_mem *mem, int memfd, uint64_t file_offset, uint64_t gpa,

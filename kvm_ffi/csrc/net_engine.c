@@ -35,7 +35,7 @@ struct net_engine {
 	struct engine_gate gate;
 	struct net_stats stats;
 	uint32_t fault; /* atomic: enum engine_fault */
-	bool is_tap_ready;  /* the tap may have a packet: no EAGAIN since poll(2) said so */
+	bool is_tap_ready; /* the tap may have a packet: no EAGAIN since poll(2) said so */
 	bool is_rx_starved; /* the receive ring ran empty and a kick was asked for */
 	bool is_tap_dead;
 	/* Receive buffers, gathered for the largest packet: n_slots chains from
@@ -110,7 +110,7 @@ static int rx_pop_slot(struct net_engine *engine)
 	/* Guest-controlled: the receive ring. */
 	struct virtqueue *vq = engine->config.rx;
 	uint32_t end = engine->first_iov + engine->n_iov;
-	struct desc_chain chain = { .iov = engine->iov + end, .max_iov = VIRTQUEUE_MAX_SIZE };
+	struct desc_chain chain = {.iov = engine->iov + end, .max_iov = VIRTQUEUE_MAX_SIZE};
 	struct rx_slot *slot;
 	int got = virtqueue_pop(vq, &chain);
 
@@ -218,8 +218,7 @@ static int rx_packet(struct net_engine *engine)
 	end = engine->first_iov + engine->n_iov;
 	engine->iov[end].iov_base = &engine->spare;
 	engine->iov[end].iov_len = sizeof(engine->spare);
-	got = readv(engine->config.tap_fd, engine->iov + engine->first_iov,
-		    (int)engine->n_iov + 1);
+	got = readv(engine->config.tap_fd, engine->iov + engine->first_iov, (int)engine->n_iov + 1);
 	if (got > 0) {
 		if (got < (ssize_t)NET_HEADER_BYTES || got > (ssize_t)engine->gathered)
 			engine_count(&engine->stats.rx_dropped, 1);
@@ -297,7 +296,7 @@ static int serve_tx(struct net_engine *engine)
 {
 	/* Guest-controlled: the transmit ring. */
 	struct virtqueue *vq = engine->config.tx;
-	struct desc_chain chain = { .iov = engine->tx_iov, .max_iov = VIRTQUEUE_MAX_SIZE };
+	struct desc_chain chain = {.iov = engine->tx_iov, .max_iov = VIRTQUEUE_MAX_SIZE};
 	int n = 0;
 	int ret;
 
@@ -339,10 +338,10 @@ int net_engine_wait(struct net_engine *engine, int timeout_ms)
 	 * at once, for ever. A negative fd is skipped. */
 	bool is_listening = !engine->is_tap_dead && !engine->is_tap_ready;
 	struct pollfd fds[4] = {
-		{ .fd = engine->gate.wake_fd, .events = POLLIN },
-		{ .fd = engine->config.rx_kick_fd, .events = POLLIN },
-		{ .fd = engine->config.tx_kick_fd, .events = POLLIN },
-		{ .fd = is_listening ? engine->config.tap_fd : -1, .events = POLLIN },
+	    {.fd = engine->gate.wake_fd, .events = POLLIN},
+	    {.fd = engine->config.rx_kick_fd, .events = POLLIN},
+	    {.fd = engine->config.tx_kick_fd, .events = POLLIN},
+	    {.fd = is_listening ? engine->config.tap_fd : -1, .events = POLLIN},
 	};
 
 	if (poll(fds, 4, timeout_ms) < 0)
@@ -405,9 +404,9 @@ static unsigned int tap_offloads(uint64_t features)
 		uint8_t bit;
 		uint8_t flag;
 	} map[] = {
-		{ VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM }, { VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4 },
-		{ VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6 }, { VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN },
-		{ VIRTIO_NET_F_GUEST_UFO, TUN_F_UFO },
+	    {VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM}, {VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4},
+	    {VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6}, {VIRTIO_NET_F_GUEST_ECN, TUN_F_TSO_ECN},
+	    {VIRTIO_NET_F_GUEST_UFO, TUN_F_UFO},
 	};
 	unsigned int flags = 0;
 

@@ -24,7 +24,7 @@ struct net_stats {
 	uint64_t rx_dropped;
 	uint64_t tx_packets;
 	uint64_t tx_bytes;
-	uint64_t tx_dropped;   /* the tap did not take it */
+	uint64_t tx_dropped; /* the tap did not take it */
 	uint64_t tx_malformed; /* no whole header, a writable buffer, or too long */
 	uint64_t rx_kicks;
 	uint64_t tx_kicks;

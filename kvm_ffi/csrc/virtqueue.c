@@ -141,8 +141,7 @@ int virtqueue_pop(struct virtqueue *vq, struct desc_chain *chain)
 	 * does not own. The bound also keeps used->ring from overtaking itself. */
 	if ((uint16_t)(vq->next_avail - vq->next_used) >= vq->size)
 		goto broken;
-	head = __atomic_load_n(&vq->avail->ring[vq->next_avail & (vq->size - 1)],
-			       __ATOMIC_RELAXED);
+	head = __atomic_load_n(&vq->avail->ring[vq->next_avail & (vq->size - 1)], __ATOMIC_RELAXED);
 	chain->head = head;
 	chain->n_readable = chain->n_writable = 0;
 	chain->readable_len = chain->writable_len = 0;
@@ -187,8 +186,8 @@ int virtqueue_publish(struct virtqueue *vq)
 	 * NO_INTERRUPT) and its last look at used->idx: one of the two sees the other. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	if (vq->has_event_idx)
-		wants = vring_need_event(__atomic_load_n(vq->used_event, __ATOMIC_RELAXED), new,
-					 old);
+		wants =
+		    vring_need_event(__atomic_load_n(vq->used_event, __ATOMIC_RELAXED), new, old);
 	else
 		wants = !(__atomic_load_n(&vq->avail->flags, __ATOMIC_RELAXED) &
 			  VRING_AVAIL_F_NO_INTERRUPT);

@@ -25,7 +25,7 @@
 /* One request: buffers that the driver filled, then buffers that the device fills. */
 struct desc_chain {
 	struct iovec *iov; /* caller's storage: readable entries first, then writable */
-	uint32_t max_iov;  /* its length; at least the queue's size */
+	uint32_t max_iov; /* its length; at least the queue's size */
 	uint32_t n_readable;
 	uint32_t n_writable;
 	uint32_t readable_len; /* readable_len + writable_len <= UINT32_MAX */
@@ -38,17 +38,17 @@ struct virtqueue {
 	const uint8_t *desc; /* size * 16 bytes of guest memory */
 	struct vring_avail *avail;
 	struct vring_used *used;
-	uint16_t *used_event;  /* avail->ring[size]: the driver's wish, EVENT_IDX only */
+	uint16_t *used_event; /* avail->ring[size]: the driver's wish, EVENT_IDX only */
 	uint16_t *avail_event; /* after used->ring[size]: the device's wish */
 	uint16_t size;
-	uint16_t next_avail;	 /* the next entry of avail->ring to pop */
-	uint16_t avail_seen;	 /* avail->idx as last read and checked */
-	uint16_t next_used;	 /* the next entry of used->ring to fill */
+	uint16_t next_avail; /* the next entry of avail->ring to pop */
+	uint16_t avail_seen; /* avail->idx as last read and checked */
+	uint16_t next_used; /* the next entry of used->ring to fill */
 	uint16_t published_used; /* used->idx as last stored */
 	bool has_event_idx;
 	bool has_indirect;
 	bool must_interrupt; /* after a restore nobody knows what was signalled */
-	bool is_broken;	     /* sticky: the driver broke the protocol */
+	bool is_broken; /* sticky: the driver broke the protocol */
 };
 
 /* 0, -EINVAL for a bad size or alignment, -EFAULT for a ring outside guest memory. */

@@ -142,7 +142,7 @@ class GuestMemory:
         while length:
             copied = os.sendfile(self.fd, fd, file_offset, length)
             if copied == 0:
-                raise OSError(errno.ENODATA, f"the file ends at {file_offset}, {length} bytes early")
+                raise OSError(errno.ENODATA, f"the file ends {length} bytes early")
             file_offset += copied
             length -= copied
 

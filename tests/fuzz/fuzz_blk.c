@@ -29,14 +29,14 @@ static void check_disk(void)
 static void run(struct virtqueue *vq, struct guest_mem *mem, uint8_t setup, struct input *input)
 {
 	struct blk_config config = {
-		.vq = vq,
-		.size_sectors = DISK_SECTORS,
-		.disk_fd = disk_fd,
-		.kick_fd = event_fd,
-		.irq_fd = event_fd,
-		.fault_fd = event_fd,
-		.is_read_only = setup & 4,
-		.is_writethrough = setup & 8,
+	    .vq = vq,
+	    .size_sectors = DISK_SECTORS,
+	    .disk_fd = disk_fd,
+	    .kick_fd = event_fd,
+	    .irq_fd = event_fd,
+	    .fault_fd = event_fd,
+	    .is_read_only = setup & 4,
+	    .is_writethrough = setup & 8,
 	};
 	struct blk_engine *engine;
 	int served = 0;
@@ -65,7 +65,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	struct input input = { data, size };
+	struct input input = {data, size};
 	uint8_t setup = next_byte(&input);
 	uint16_t image = next_u16(&input) % 0x800;
 	struct guest_mem mem;
@@ -75,7 +75,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	next_bytes(&input, mem.regions[0].hva, image);
 	REQUIRE(virtqueue_init(&vq, &mem, 8, DESC_GPA, AVAIL_GPA, USED_GPA,
 			       (uint64_t)1 << VIRTIO_RING_F_INDIRECT_DESC |
-				       (uint64_t)(setup & 1) << VIRTIO_RING_F_EVENT_IDX) == 0);
+				   (uint64_t)(setup & 1) << VIRTIO_RING_F_EVENT_IDX) == 0);
 	run(&vq, &mem, setup, &input);
 	guest_deinit(&mem);
 	return 0;

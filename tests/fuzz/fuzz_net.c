@@ -34,7 +34,7 @@ static void fill_large_ring(struct guest_mem *mem, struct input *input)
 	uint16_t offered = next_u16(input) % 1025;
 	struct vring_desc *desc;
 
-	*region = (struct guest_region){ LARGE_GPA, LARGE_SIZE, aligned_alloc(4096, LARGE_SIZE) };
+	*region = (struct guest_region){LARGE_GPA, LARGE_SIZE, aligned_alloc(4096, LARGE_SIZE)};
 	memset(region->hva, 0, LARGE_SIZE);
 	desc = (struct vring_desc *)(void *)region->hva;
 	for (uint16_t i = 0; i < n_desc; i++) {
@@ -70,15 +70,15 @@ static void arrive(struct input *input)
 static void run(struct virtqueue *vqs, struct guest_mem *mem, uint8_t setup, struct input *input)
 {
 	struct net_config config = {
-		.rx = &vqs[0],
-		.tx = &vqs[1],
-		.tap_fd = tap[0],
-		.rx_kick_fd = event_fd,
-		.tx_kick_fd = event_fd,
-		.rx_irq_fd = event_fd,
-		.tx_irq_fd = event_fd,
-		.fault_fd = event_fd,
-		.is_mergeable = setup & 4,
+	    .rx = &vqs[0],
+	    .tx = &vqs[1],
+	    .tap_fd = tap[0],
+	    .rx_kick_fd = event_fd,
+	    .tx_kick_fd = event_fd,
+	    .rx_irq_fd = event_fd,
+	    .tx_irq_fd = event_fd,
+	    .fault_fd = event_fd,
+	    .is_mergeable = setup & 4,
 	};
 	struct net_engine *engine;
 	int served = 0;
@@ -118,7 +118,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	struct input input = { data, size };
+	struct input input = {data, size};
 	uint8_t setup = next_byte(&input);
 	uint16_t image = next_u16(&input) % 0x800;
 	bool is_large = setup & 8;

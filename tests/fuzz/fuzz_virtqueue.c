@@ -25,7 +25,7 @@ static void use_chain(const struct desc_chain *chain)
 static void run(struct virtqueue *vq, const struct guest_mem *mem, struct input *input)
 {
 	struct iovec *iov = malloc(vq->size * sizeof(*iov));
-	struct desc_chain chain = { .iov = iov, .max_iov = vq->size };
+	struct desc_chain chain = {.iov = iov, .max_iov = vq->size};
 	uint16_t heads[VIRTQUEUE_MAX_SIZE];
 	uint32_t in_flight = 0;
 
@@ -68,7 +68,7 @@ static void run(struct virtqueue *vq, const struct guest_mem *mem, struct input 
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	struct input input = { data, size };
+	struct input input = {data, size};
 	uint8_t setup = next_byte(&input);
 	/* Mostly where the seeds put the rings, sometimes anywhere. */
 	uint16_t moved = next_u16(&input);

@@ -26,10 +26,10 @@
 #define USED_GPA 0xa0u
 #define SECOND_RING 0x100u
 
-#define REQUIRE(claim)                                                                            \
-	do {                                                                                      \
-		if (!(claim))                                                                     \
-			__builtin_trap();                                                         \
+#define REQUIRE(claim)                                                                             \
+	do {                                                                                       \
+		if (!(claim))                                                                      \
+			__builtin_trap();                                                          \
 	} while (0)
 
 struct input {
@@ -67,8 +67,8 @@ static inline void guest_init(struct guest_mem *mem)
 {
 	memset(mem, 0, sizeof(*mem));
 	mem->n_regions = 2;
-	mem->regions[0] = (struct guest_region){ 0, LOW_SIZE, aligned_alloc(4096, LOW_SIZE) };
-	mem->regions[1] = (struct guest_region){ HIGH_GPA, HIGH_SIZE, malloc(HIGH_SIZE) };
+	mem->regions[0] = (struct guest_region){0, LOW_SIZE, aligned_alloc(4096, LOW_SIZE)};
+	mem->regions[1] = (struct guest_region){HIGH_GPA, HIGH_SIZE, malloc(HIGH_SIZE)};
 	memset(mem->regions[0].hva, 0, LOW_SIZE);
 	memset(mem->regions[1].hva, 0, HIGH_SIZE);
 }
@@ -104,8 +104,8 @@ static inline void guest_check_chain(const struct guest_mem *mem, const struct d
 		for (uint32_t r = 0; r < mem->n_regions; r++) {
 			const struct guest_region *region = &mem->regions[r];
 
-			is_inside |= base >= region->hva &&
-				     base + len <= region->hva + region->size;
+			is_inside |=
+			    base >= region->hva && base + len <= region->hva + region->size;
 		}
 		REQUIRE(is_inside && len > 0);
 		*(i < chain->n_readable ? &readable : &writable) += len;

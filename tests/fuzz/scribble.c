@@ -35,7 +35,7 @@ static void put_desc(struct guest_mem *mem, uint32_t index, uint64_t addr, uint3
 		     uint16_t flags, uint16_t next)
 {
 	volatile struct vring_desc *desc =
-		(volatile struct vring_desc *)(void *)mem->regions[0].hva + index;
+	    (volatile struct vring_desc *)(void *)mem->regions[0].hva + index;
 
 	desc->addr = addr;
 	desc->len = len;
@@ -46,8 +46,8 @@ static void put_desc(struct guest_mem *mem, uint32_t index, uint64_t addr, uint3
 /* Flip every field between a good and a wild value, at random moments. */
 static void *scribble(void *arg)
 {
-	static const uint64_t addrs[] = { 0x800, 0x1000, LOW_SIZE - 1, HIGH_GPA, UINT64_MAX, 0 };
-	static const uint32_t lens[] = { 16, 512, 1, 48, 0x700, UINT32_MAX };
+	static const uint64_t addrs[] = {0x800, 0x1000, LOW_SIZE - 1, HIGH_GPA, UINT64_MAX, 0};
+	static const uint32_t lens[] = {16, 512, 1, 48, 0x700, UINT32_MAX};
 	struct guest_mem *mem = arg;
 	volatile uint16_t *avail = (volatile uint16_t *)(void *)(mem->regions[0].hva + AVAIL_GPA);
 	volatile uint16_t *used = (volatile uint16_t *)(void *)(mem->regions[0].hva + USED_GPA);
@@ -90,9 +90,12 @@ int main(int argc, char **argv)
 	for (long round = 0; round < rounds; round++) {
 		struct virtqueue vq;
 		struct blk_engine *engine;
-		struct blk_config config = { .vq = &vq, .size_sectors = DISK_SECTORS,
-					     .disk_fd = disk_fd, .kick_fd = event_fd,
-					     .irq_fd = event_fd, .fault_fd = event_fd };
+		struct blk_config config = {.vq = &vq,
+					    .size_sectors = DISK_SECTORS,
+					    .disk_fd = disk_fd,
+					    .kick_fd = event_fd,
+					    .irq_fd = event_fd,
+					    .fault_fd = event_fd};
 		uint16_t now = *(volatile uint16_t *)(void *)(mem.regions[0].hva + AVAIL_GPA + 2);
 		int ret = 0;
 
@@ -111,7 +114,6 @@ int main(int argc, char **argv)
 	__atomic_store_n(&must_end, 1, __ATOMIC_RELAXED);
 	pthread_join(guest, NULL);
 	guest_deinit(&mem);
-	printf("served=%llu broken=%llu\n", (unsigned long long)served,
-	       (unsigned long long)broken);
+	printf("served=%llu broken=%llu\n", (unsigned long long)served, (unsigned long long)broken);
 	return served > 0 && broken > 0 ? 0 : 1;
 }

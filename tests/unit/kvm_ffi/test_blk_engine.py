@@ -1,134 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
+"""Each request of the block engine, good, bad and on a host that fails."""
+
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import resource
 import struct
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kvm_ffi._kvm import ffi, lib
+from kvm_ffi._kvm import ffi
 from kvm_ffi.blk_engine import (
     MAX_DISCARD_SECTORS,
     MAX_DISCARD_SEGMENTS,
     MAX_SECTORS,
     MAX_WRITE_ZEROES_SECTORS,
     SERIAL_BYTES,
-    BlkEngine,
 )
-from kvm_ffi.engine import EngineFault
-from kvm_ffi.eventfd import EventFd
-from kvm_ffi.memory import GuestMemory
 from kvm_ffi.types import Gpa
-from kvm_ffi.virtqueue import Virtqueue
-from tests.support.engine_thread import running, wait_signal, wait_until
-from tests.support.ring_driver import INDIRECT, NEXT, WRITE, Desc, RingDriver
-
-# VIRTIO 1.2, 5.2.6
-IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
-OK, IOERR, UNSUPP = 0, 1, 2
-UNMAP = 1
-
-SECTORS = 64
-SECTOR = 512
-HEADER = 0x40000
-STATUS = 0x41000
-DATA = 0x42000
-PATTERN = bytes(range(256)) * 2 * SECTORS
-UNANSWERED = 0xEE
-
-
-@dataclass
-class Disk:
-    """A disk of SECTORS sectors filled with PATTERN, its engine and its driver."""
-
-    memory: GuestMemory
-    driver: RingDriver
-    queue: Virtqueue
-    engine: BlkEngine
-    fd: int
-    path: Path
-    kick: EventFd
-    irq: EventFd
-    fault: EventFd
-
-    def header(self, kind: int, sector: int = 0) -> None:
-        self.memory.write(Gpa(HEADER), struct.pack("<IIQ", kind, 0, sector))
-        self.memory.write(Gpa(STATUS), bytes([UNANSWERED]))
-
-    def serve(self) -> int:
-        served: int = lib.blk_engine_serve(self.engine._c)
-        return served
-
-    def submit(self, kind: int, sector: int, buffers: list[tuple[int, int, int]]) -> int:
-        """One request of header, buffers, status byte; its status."""
-        self.header(kind, sector)
-        head = self.driver.chain([(HEADER, 16, 0), *buffers, (STATUS, 1, WRITE)])
-        self.driver.offer(head)
-        assert self.serve() == 0
-        return self.status
-
-    @property
-    def status(self) -> int:
-        return self.memory.read(Gpa(STATUS), 1)[0]
-
-    def read(self, sector: int, length: int) -> int:
-        return self.submit(IN, sector, [(DATA, length, WRITE)])
-
-    def write(self, sector: int, data: bytes) -> int:
-        self.memory.write(Gpa(DATA), data)
-        return self.submit(OUT, sector, [(DATA, len(data), 0)])
-
-    def ranges(self, kind: int, *segments: tuple[int, int, int]) -> int:
-        data = b"".join(struct.pack("<QII", *segment) for segment in segments)
-        self.memory.write(Gpa(DATA), data)
-        return self.submit(kind, 0, [(DATA, len(data), 0)])
-
-    def content(self) -> bytes:
-        return self.path.read_bytes()
-
-
-MakeDisk = Callable[..., Disk]
-
-
-@pytest.fixture
-def make_disk(tmp_path: Path) -> Iterator[MakeDisk]:
-    """Builds a Disk; keywords go to BlkEngine, `fd` and `event_idx` override the defaults."""
-    made: list[Disk] = []
-    memory = GuestMemory([(Gpa(0), 1 << 20)])
-
-    def make(*, fd: int | None = None, event_idx: bool = False, **keywords: object) -> Disk:
-        path = tmp_path / "disk.img"
-        path.write_bytes(PATTERN)
-        opened = os.open(path, os.O_RDWR) if fd is None else fd
-        driver = RingDriver(memory, size=16)
-        kick, irq, fault = EventFd(), EventFd(), EventFd()
-        settings: dict[str, Any] = {"size_sectors": SECTORS, "read_only": False, "serial": b"s"}
-        settings |= {"queue": driver.queue(event_idx=event_idx), "irq": irq} | keywords
-        engine = BlkEngine(memory, opened, kick=kick, fault=fault, **settings)
-        made.append(Disk(memory, driver, settings["queue"], engine, opened, path, kick, irq, fault))
-        return made[-1]
-
-    yield make
-    for disk in made:
-        disk.engine.close()
-        os.close(disk.fd)
-        for event in (disk.kick, disk.irq, disk.fault):
-            event.close()
-    memory.close()
-
-
-@pytest.fixture
-def disk(make_disk: MakeDisk) -> Disk:
-    return make_disk()
+from tests.support.disk import (
+    DATA,
+    DISCARD,
+    FLUSH,
+    GET_ID,
+    HEADER,
+    IN,
+    IOERR,
+    OK,
+    OUT,
+    PATTERN,
+    SECTOR,
+    SECTORS,
+    STATUS,
+    UNMAP,
+    UNSUPP,
+    WRITE_ZEROES,
+    Disk,
+    MakeDisk,
+)
+from tests.support.ring_driver import INDIRECT, NEXT, WRITE, Desc
 
 
 def test_a_read_brings_the_sectors_of_the_file(disk: Disk) -> None:
@@ -372,6 +285,24 @@ def test_a_file_that_is_shorter_than_the_disk_is_an_io_error(make_disk: MakeDisk
     assert disk.memory.read(Gpa(DATA), SECTOR) == PATTERN[-SECTOR:]
 
 
+def test_a_read_that_the_host_gives_in_pieces_arrives_whole(make_disk: MakeDisk) -> None:
+    # A file of the kernel that answers each read with a few KiB at most.
+    fd = os.open("/proc/kallsyms", os.O_RDONLY)
+    content = b""
+    while len(content) < 32 * SECTOR:
+        piece = os.pread(fd, SECTOR, len(content))
+        if not piece:
+            pytest.skip("/proc/kallsyms is empty here")
+        content += piece
+    if len(os.pread(fd, 32 * SECTOR, 0)) == 32 * SECTOR:
+        pytest.skip("this kernel reads /proc/kallsyms in one piece")
+    disk = make_disk(fd=fd)
+    pieces = [(DATA, 5000, WRITE), (DATA + 0x4000, 1, WRITE), (DATA + 0x5000, 11383, WRITE)]
+    assert disk.submit(IN, 0, pieces) == OK
+    got = b"".join(disk.memory.read(Gpa(gpa), length) for gpa, length, _ in pieces)
+    assert got == content[: 32 * SECTOR]
+
+
 def test_a_failed_sync_is_an_io_error(make_disk: MakeDisk) -> None:
     disk = make_disk(fd=os.open("/dev/full", os.O_RDWR))
     assert disk.submit(FLUSH, 0, []) == IOERR
@@ -411,155 +342,6 @@ def test_requests_before_a_broken_one_are_answered(disk: Disk) -> None:
     assert disk.serve() == -errno.EPROTO
     assert disk.driver.take_used() == [(0, SECTOR + 1)]
     assert disk.irq.drain() == 1
-
-
-def has_used(disk: Disk, count: int) -> bool:
-    return disk.driver.used_idx == count
-
-
-def offer_reads(disk: Disk, count: int) -> None:
-    disk.header(IN)
-    head = disk.driver.chain([(HEADER, 16, 0), (DATA, SECTOR, WRITE), (STATUS, 1, WRITE)])
-    disk.driver.offer(*[head] * count)
-
-
-def test_event_idx_saves_interrupts(make_disk: MakeDisk) -> None:
-    disk = make_disk(event_idx=True)
-    disk.driver.set_used_event(9)
-    for _ in range(5):
-        offer_reads(disk, 3)
-        assert disk.serve() == 0
-    assert disk.engine.stats()["interrupts"] == 1
-    assert disk.irq.drain() == 1
-    assert len(disk.driver.take_used()) == 15
-
-
-def test_a_batch_needs_no_more_interrupts_than_publishes(disk: Disk) -> None:
-    offer_reads(disk, 16)
-    assert disk.serve() == 0
-    assert 1 <= disk.engine.stats()["interrupts"] <= 16
-    assert disk.irq.drain() == disk.engine.stats()["interrupts"]
-
-
-def test_a_running_engine_serves_kicks_until_stopped(disk: Disk) -> None:
-    with running(disk.engine) as thread:
-        for expected in range(1, 4):
-            offer_reads(disk, 1)
-            disk.kick.signal()
-            wait_until(disk.irq, functools.partial(has_used, disk, expected))
-    assert thread.stopped is True
-    assert disk.engine.stats()["reads"] == 3
-
-
-def test_chains_that_came_before_the_start_are_served_without_a_kick(disk: Disk) -> None:
-    offer_reads(disk, 1)
-    with running(disk.engine):
-        wait_signal(disk.irq)
-    assert disk.driver.used_idx == 1
-
-
-def test_a_broken_ring_ends_the_run_and_signals_the_fault(disk: Disk) -> None:
-    with running(disk.engine) as thread:
-        disk.driver.set_avail_idx(0x8000)
-        disk.kick.signal()
-        assert wait_signal(disk.fault) == 1
-    assert thread.stopped is False
-    assert disk.engine.fault is EngineFault.RING
-
-
-def test_kicks_during_a_quiesce_are_served_after_it(disk: Disk) -> None:
-    with running(disk.engine):
-        disk.engine.quiesce()
-        offer_reads(disk, 2)
-        disk.kick.signal()
-        assert disk.driver.used_idx == 0
-        disk.engine.quiesce()
-        disk.engine.resume()
-        wait_until(disk.irq, lambda: disk.driver.used_idx == 2)
-
-
-def test_a_quiesced_engine_leaves_nothing_half_done(disk: Disk) -> None:
-    stop = threading.Event()
-
-    def keep_busy() -> None:
-        done = 0
-        while not stop.is_set():
-            if disk.driver.used_idx == done & 0xFFFF:
-                offer_reads(disk, 4)
-                done += 4
-                disk.kick.signal()
-
-    busy = threading.Thread(target=keep_busy)
-    queue = disk.queue
-    with running(disk.engine):
-        busy.start()
-        try:
-            for _ in range(200):
-                disk.engine.quiesce()
-                state = queue.state
-                assert state.next_avail == state.next_used == disk.driver.used_idx
-                disk.engine.resume()
-        finally:
-            stop.set()
-            busy.join()
-
-
-def test_a_quiesce_before_the_start_holds_the_engine(disk: Disk) -> None:
-    disk.engine.quiesce()
-    offer_reads(disk, 1)
-    with running(disk.engine):
-        disk.engine.quiesce()
-        assert disk.driver.used_idx == 0
-        disk.engine.resume()
-        wait_signal(disk.irq)
-
-
-def test_a_quiesced_engine_can_be_stopped(disk: Disk) -> None:
-    with running(disk.engine) as thread:
-        disk.engine.quiesce()
-    assert thread.stopped is True
-
-
-def test_a_quiesce_that_takes_too_long_raises_and_lets_go(make_disk: MakeDisk) -> None:
-    # A blocking eventfd whose counter is full holds the engine in its interrupt for as long as
-    # the test likes.
-    with EventFd(os.eventfd(0)) as irq:
-        os.eventfd_write(irq.fd, (1 << 64) - 2)
-        disk = make_disk(irq=irq)
-        offer_reads(disk, 1)
-        with running(disk.engine):
-            while disk.driver.used_idx == 0:
-                os.sched_yield()
-            with pytest.raises(TimeoutError, match="still busy"):
-                disk.engine.quiesce(timeout_s=0.01)
-            os.eventfd_read(irq.fd)
-            wait_signal(irq)
-            offer_reads(disk, 1)
-            disk.kick.signal()
-            wait_until(irq, lambda: disk.driver.used_idx == 2)
-            disk.engine.quiesce()
-
-
-def test_only_one_thread_may_run_an_engine(disk: Disk) -> None:
-    with running(disk.engine):
-        offer_reads(disk, 1)
-        disk.kick.signal()
-        wait_signal(disk.irq)
-        with pytest.raises(OSError, match="busy") as caught:
-            disk.engine.run()
-    assert caught.value.errno == errno.EBUSY
-
-
-def test_a_running_engine_cannot_be_closed(disk: Disk) -> None:
-    offer_reads(disk, 1)
-    with running(disk.engine):
-        wait_signal(disk.irq)
-        with pytest.raises(OSError, match="still runs"):
-            disk.engine.close()
-    disk.engine.close()
-    disk.engine.close()
-    with pytest.raises(ValueError, match="closed"):
-        disk.engine.stats()
 
 
 @pytest.mark.parametrize("size", [-1, MAX_SECTORS + 1])

@@ -95,7 +95,7 @@ async def _once(request: Request, key: str, handle: Handler, *, is_streamed: boo
         )
     service = service_of(request)
     # A key belongs to who sent it: one caller can neither see nor block another's.
-    key = f"{request.scope['state']['actor']} {key}"
+    key = f"{key} of {request.scope['state']['actor']}"
     stored = await service.claim_key(key, await _fingerprint(request, is_streamed=is_streamed))
     if stored is not None:
         headers = {**stored.headers, "Idempotency-Replayed": "true"}

@@ -254,6 +254,10 @@ class FakeService:
             return self.operation(f"vm.{action}", _ref("vm", vm))
         changed = self._keep(vm, state=following)
         await self.happen(f"vm.{action}", _ref("vm", vm), call.actor)
+        if call.wait_s == 0:
+            operation = self.operation(f"vm.{action}", _ref("vm", vm))
+            await self.finish(operation.id, OperationState.SUCCEEDED)
+            return operation
         return changed
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:

@@ -44,10 +44,16 @@ def start() -> ZygoteHandle:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
-        ours.close()
+        _close_inherited(theirs)
         _enter(theirs)
     theirs.close()
     return ZygoteHandle(ours, pid)
+
+
+def _close_inherited(keep: socket.socket) -> None:
+    """Close what hosteld has open, such as systemd's sockets: no worker may hold any of it."""
+    os.closerange(3, keep.fileno())
+    os.closerange(keep.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 def _enter(sock: socket.socket) -> None:

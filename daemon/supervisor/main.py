@@ -102,6 +102,7 @@ def _doctor(config: Config, *, as_json: bool) -> int:
 
 def _run(config: Config, token: str | None) -> int:
     _raise_fd_limit()
+    os.umask(0o077)
     # From here on a hang-up is no reason to end, and a write to a gone client no signal.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

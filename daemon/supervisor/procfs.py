@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import os
 import struct
@@ -103,6 +104,12 @@ def rss_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+@functools.cache
+def memory_total() -> int:
+    """Return the bytes of the host's memory, as it was when first asked."""
+    return memory()[0]
 
 
 def memory() -> tuple[int, int]:

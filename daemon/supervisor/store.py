@@ -95,8 +95,7 @@ class Store:
     Args:
         path: of the database file.
         events_kept: how many events stay.
-        on_events: called on the event loop with committed events, in order of id, before the
-            callers that made them go on.
+        on_events: called on the event loop with committed events, in order of id.
 
     Threads: the event loop's; close() ends both threads of its own.
     """
@@ -261,10 +260,6 @@ class Store:
     # --- back on the event loop
 
     def _deliver(self, outcomes: list[_Outcome]) -> None:
-        events = [event for outcome in outcomes for event in outcome.events]
-        if events:
-            self._last_event_id = events[-1].id
-            self._on_events(events)
         for outcome in outcomes:
             if outcome.pending.future.done():
                 continue  # the caller was cancelled; the change stands
@@ -272,6 +267,12 @@ class Store:
                 outcome.pending.future.set_exception(outcome.error)
             else:
                 outcome.pending.future.set_result(outcome.events)
+        events = [event for outcome in outcomes for event in outcome.events]
+        if events:
+            self._last_event_id = events[-1].id
+            # After the futures: the loop wakes tasks in the order in which they were made ready, so
+            # whoever changed an object shows the change before a follower hears of it and looks.
+            self._on_events(events)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -226,7 +226,7 @@ def derive_mac(vm_id: str, nic_id: str) -> str:
 
 
 def _check_memory(memory_mib: int) -> None:
-    total_mib = procfs.memory()[0] // MIB
+    total_mib = procfs.memory_total() // MIB
     if memory_mib > total_mib:
         raise Invalid(
             "memory_too_large",

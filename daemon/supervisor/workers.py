@@ -80,6 +80,7 @@ class Worker:
         self.on_status: Callable[[Worker], None] = lambda _: None
         self._pidfd = forked.pidfd
         self._is_dying = False
+        self._was_killed = False
         self._layout = layout
         self._pool = pool
         self._channel: Channel | None = None
@@ -122,6 +123,7 @@ class Worker:
 
     def kill(self) -> None:
         """Send SIGKILL; ``ended`` follows."""
+        self._was_killed = True
         if not self._is_dying:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -198,7 +200,9 @@ class Worker:
     async def _exit_status(self) -> int | None:
         """Ask the zygote, which is its parent, or for an adopted worker the kernel."""
         status = await self._pool.zygote.exit_status(self.pid, EXIT_STATUS_TIMEOUT_S)
-        for _ in range(REAP_ATTEMPTS):
+        # Nobody asks how a worker ended that was killed on purpose.
+        attempts = 0 if self._was_killed else REAP_ATTEMPTS
+        for _ in range(attempts):
             if status is not None:
                 break
             # Known once its new parent has reaped it.

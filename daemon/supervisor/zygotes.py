@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,8 @@ SETTLED_S: Final = 10.0
 # Exit statuses of workers that nobody has asked for yet.
 MAX_KEPT_EXITS: Final = 4096
 
+Respawn = Callable[[], tuple[socket.socket, int]]
+
 
 @dataclass(frozen=True, slots=True)
 class Forked:
@@ -49,12 +52,16 @@ class ZygoteClient:
         sock: hosteld's end of the zygote's socket; owned from here on.
         pid: the zygote's process id, a child of this process.
         tasks: where the replacement runs.
+        respawn: how a replacement is started.
 
     Threads: the event loop's.
     """
 
-    def __init__(self, sock: socket.socket, pid: int, tasks: Tasks) -> None:
+    def __init__(
+        self, sock: socket.socket, pid: int, tasks: Tasks, respawn: Respawn | None = None
+    ) -> None:
         self._tasks = tasks
+        self._respawn = respawn or spawn_zygote
         self._exits: dict[int, asyncio.Future[int]] = {}
         self._is_closing = False
         self._failures = 0
@@ -156,7 +163,7 @@ class ZygoteClient:
             if self._failures > 1:
                 exponent = min(self._failures, MAX_RESTARTS) - 2
                 await asyncio.sleep(FIRST_BACKOFF_S * 2**exponent)
-            sock, pid = spawn_zygote()
+            sock, pid = self._respawn()
             self._attach(sock, pid)
             log.warning("zygote restarted pid=%d", pid)
         finally:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The real zygote around a worker without a VM: ``fake_zygote.py --fd N``.
+
+The words of the VM's command line choose how the worker behaves:
+
+    refuse-launch, die-on-launch, hang-on-launch
+    booted, crashed, panicked, rebooted     told right after the launch
+    exit-3                                  ends by itself, with a line in its log
+    ignore-button, die-on-pause, hang-on-pause, slow-console
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import types
+from dataclasses import replace
+from typing import Any
+
+from daemon import protocol, zygote
+from daemon.protocol import MachineSpec, Status
+
+AFTER_LAUNCH: dict[str, dict[str, Any]] = {
+    "booted": {"boot_time_us": 4321},
+    "crashed": {
+        "state": "crashed",
+        "reason": {"code": "triple_fault", "message": "the guest fell over", "detail": {"rip": 16}},
+    },
+    "panicked": {"reason": {"code": "guest_panic", "message": "the guest panicked", "detail": {}}},
+    "rebooted": {"reason": {"code": "guest_reboot", "message": "it rebooted", "detail": {}}},
+}
+
+
+class FakeWorker:
+    """Speaks the protocol, and does as its command line says."""
+
+    def __init__(self, vm_id: str, fds: tuple[int, ...]) -> None:
+        listener, self.console, self.log, self.words_fd = fds
+        self.listener = socket.socket(fileno=listener)
+        self.status = Status("empty", vm_id, os.getpid())
+        self.moods: set[str] = set()
+        self.fds: tuple[int, ...] = ()
+        self.peer: socket.socket | None = None
+
+    def run(self) -> int:
+        """Serve one hosteld after the other."""
+        while True:
+            self.peer, _ = self.listener.accept()
+            while (message := protocol.receive(self.peer)) is not None:
+                self.serve(message)
+            self.peer.close()
+
+    def serve(self, message: protocol.Message) -> None:
+        op, args = message.body["op"], message.body["args"]
+        if op == "launch":
+            self.fds = message.fds
+            self.moods = set(MachineSpec.decode(args).cmdline.split())
+        if f"hang-on-{op}" in self.moods:
+            time.sleep(600)
+        if f"die-on-{op}" in self.moods:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if f"refuse-{op}" in self.moods:
+            error = {"code": "boot_failed", "message": "no such luck"}
+            self.send({"id": message.body["id"], "error": error})
+            return
+        reply = self.answer(op, args)
+        self.send({"id": message.body["id"], "ok": reply})
+        if op == "launch":
+            self.live()
+
+    def answer(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        states = {"launch": "running", "pause": "paused", "resume": "running", "reset": "running"}
+        if op in states:
+            self.tell(state=states[op])
+        elif op == "power_button" and "ignore-button" not in self.moods:
+            self.end("guest_poweroff", "the guest powered itself off")
+        elif op == "quit":
+            self.end("killed", "ended on request")
+        elif op == "stats":
+            one = {"read_bytes": 7}
+            return {"vcpu_exits": {"hlt": 1}, "disks": {"root": one}, "nics": {}} | {
+                "console_dropped_bytes": 0,
+                "console_lost_bytes": 0,
+            }
+        elif op == "console_write":
+            data = base64.b64decode(args["data"])
+            taken = len(data) // 2 if "slow-console" in self.moods else len(data)
+            os.write(self.console, data[:taken])
+            return {"taken": taken}
+        elif op == "resize_disk":
+            return {"size_bytes": os.fstat(self.fds[2]).st_size}
+        return self.status.encode()
+
+    def live(self) -> None:
+        """Do what the guest does after its start."""
+        for mood, news in AFTER_LAUNCH.items():
+            if mood in self.moods:
+                self.tell(**news)
+        if self.status.state == "crashed":
+            self.write_last_words()
+        if "exit-3" in self.moods:
+            os.write(self.log, b"first line\nout of luck\n")
+            os._exit(3)
+
+    def tell(self, **news: Any) -> None:  # noqa: ANN401  fields of Status
+        self.status = replace(self.status, **news)
+        self.send({"notice": "state", "data": self.status.encode()})
+
+    def end(self, code: str, message: str) -> None:
+        self.tell(state="stopped", reason={"code": code, "message": message, "detail": {}})
+        self.write_last_words()
+        os._exit(0)
+
+    def write_last_words(self) -> None:
+        os.pwrite(self.words_fd, json.dumps(self.status.encode()).encode(), 0)
+
+    def send(self, body: dict[str, Any]) -> None:
+        if self.peer is not None:
+            try:
+                protocol.send(self.peer, body)
+            except BrokenPipeError:
+                self.peer = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    fake = types.ModuleType("daemon.worker.main")
+    fake.run = lambda vm_id, fds: FakeWorker(vm_id, fds).run()  # type: ignore[attr-defined]
+    sys.modules["daemon.worker.main"] = fake
+    zygote.Zygote(socket.socket(fileno=parser.parse_args().fd)).run()
+
+
+if __name__ == "__main__":
+    main()

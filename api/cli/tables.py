@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +16,8 @@ from rich.table import Table
 from ..models.resources import Check, Event, Host, Image, Kernel, Operation
 from ..models.vms import Vm, VmStats
 
-_STYLES = {
+PIPE_COLUMNS: Final = 1000
+_STYLES: Final = {
     "running": "green",
     "ok": "green",
     "succeeded": "green",
@@ -27,9 +29,13 @@ _STYLES = {
 }
 
 
-def _console() -> Console:
+def _print(table: Table) -> None:
     # A pipe gets whole lines: programs and grep must not meet a value that is cut or wrapped.
-    return Console() if sys.stdout.isatty() else Console(width=250, soft_wrap=True)
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_COLUMNS)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -38,7 +44,7 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    _console().print(table)
+    _print(table)
 
 
 def _cell(value: str) -> str:
@@ -52,7 +58,7 @@ def _print_fields(fields: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in fields:
         table.add_row(name, _cell(value))
-    _console().print(table)
+    _print(table)
 
 
 def _size(count: int) -> str:

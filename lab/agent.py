@@ -38,6 +38,7 @@ CHUNK_BYTES: Final = 1 << 16
 MAX_FRAME_BYTES: Final = 1 << 20
 CLONE_NEWNET: Final = 0x40000000
 GRACE_S: Final = 2.0  # between asking a process group to end and ending it
+LINGER_S: Final = 10.0  # how long the other side may take to see that a command has ended
 OPEN_FILES: Final = 65536
 POLL_S: Final = 0.02
 # <linux/kvm.h>; written out because the lab runs before anything of the project is built.
@@ -88,9 +89,11 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def refusal(err: OSError, program: str) -> bytes:
-    """Return the frame that says why a program did not start, with a shell's status for it."""
+def refusal(err: OSError, program: str, directory: str) -> bytes:
+    """Return the frame that says why a program did not start, with the usual status for it."""
     status = 127 if isinstance(err, FileNotFoundError) else 126
+    if err.filename == directory:
+        status = 125
     message = f"{err.filename or program}: {err.strerror}".encode()
     return HEADER.pack(b"f", STATUS.size + len(message)) + STATUS.pack(status) + message
 
@@ -262,18 +265,20 @@ class Agent:
                 start_new_session=True,
             )
         except OSError as err:
-            connection.sendall(refusal(err, request["argv"][0]))
+            connection.sendall(refusal(err, request["argv"][0], request["cwd"]))
             return
         command = Command(connection, process)
         self.commands[request["id"]] = command
+        feeder = threading.Thread(target=command.feed, args=(stream,), daemon=True)
         try:
-            threading.Thread(target=command.feed, args=(stream,), daemon=True).start()
+            feeder.start()
             command.pump()
         finally:
             del self.commands[request["id"]]
-            # The reader thread sees this as the end of its stream.
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        # Closing with input unread would reset the connection and lose the exit status: the
+        # other side closes first, and until then the feeder drops what still comes.
+        connection.shutdown(socket.SHUT_WR)
+        feeder.join(LINGER_S)
 
 
 def relay(listener: socket.socket, port: int) -> None:

@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from lab import sync
 from lab.client import Command, Execution
 from lab.errors import LAB_FAILED, LabError
 from lab.layout import Layout, find_layout
 from lab.qemu import Forward
-from lab.session import Options, Running, Session
+from lab.session import Options, Running, Session, sweep
 
 USAGE: Final = """\
 Run commands on an emulated x86-64 host with AMD-V, on any machine.
@@ -68,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
         return action(options, command)
     except LabError as err:
         print(f"lab: {err}", file=sys.stderr)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE  # who reads our output has seen enough
     except OSError as err:
         # A full disk, or a cache directory that cannot be written.
         print(f"lab: {err.filename or 'system'}: {err.strerror}", file=sys.stderr)
@@ -114,8 +116,17 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Fails with the lab's own status: argparse's 2 could as well be COMMAND's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print how to use this command and what was wrong."""
+        self.print_usage(sys.stderr)
+        self.exit(LAB_FAILED, f"lab: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lab/lab", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = parser.add_subparsers(required=True, metavar="run|up|exec|status|down")
@@ -185,6 +196,7 @@ def _run(options: argparse.Namespace, argv: list[str]) -> int:
     layout = find_layout()
     runs = layout.cache / "run"
     runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sweep(runs)
     directory = Path(tempfile.mkdtemp(dir=runs, prefix="once-"))
     session = Session(layout, directory)
     try:

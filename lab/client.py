@@ -90,7 +90,8 @@ class Execution:
         self._signals: list[int] = []
         self._signal_count = 0
         self._deadline = time.monotonic() + command.timeout_s if command.timeout_s else None
-        self._status_if_late: int | None = None
+        self._status_if_late: int | None = None  # set once the command was asked to end
+        self._is_late = False
 
     def run(self) -> int:
         """Run the command to its end and return its exit status.
@@ -137,7 +138,7 @@ class Execution:
                 elif key.fileobj is connection:
                     status = self._receive(connection, buffer)
                     if status is not None:
-                        return self._status_if_late or status
+                        return TIMED_OUT if self._is_late else status
                 else:
                     self._send_stdin(selector, connection)
 
@@ -171,6 +172,7 @@ class Execution:
             self._signal(signal.SIGKILL)
             return True
         self._status_if_late = TIMED_OUT
+        self._is_late = True
         print(f"lab: ran past {self._command.timeout_s:g} s, ending it", file=sys.stderr)
         self._signal(signal.SIGTERM)
         self._deadline = time.monotonic() + GRACE_S
@@ -211,15 +213,22 @@ class Execution:
             selector.register(0, selectors.EVENT_READ)
         except PermissionError:
             # epoll refuses regular files. They never block: send all of it at once.
-            while data := os.read(0, CHUNK_BYTES):
-                connection.sendall(HEADER.pack(b"i", len(data)) + data)
-            connection.sendall(HEADER.pack(b"i", 0))
+            while _send_input(connection):
+                pass
 
     def _send_stdin(self, selector: selectors.BaseSelector, connection: socket.socket) -> None:
-        data = os.read(0, CHUNK_BYTES)
-        if not data:
+        if not _send_input(connection):
             selector.unregister(0)
+
+
+def _send_input(connection: socket.socket) -> bool:
+    """Send a piece of standard input, or its end; return whether to go on."""
+    data = os.read(0, CHUNK_BYTES)
+    try:
         connection.sendall(HEADER.pack(b"i", len(data)) + data)
+    except OSError:
+        return False  # the command has ended; what is left to receive says how
+    return bool(data)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -250,6 +250,22 @@ class Session:
             time.sleep(POLL_S)
 
 
+def sweep(runs: Path) -> None:
+    """Remove what one-shot labs left in `runs` when they were killed."""
+    for directory in runs.glob("once-*"):
+        try:
+            fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # not that far yet, or just gone
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(fd)
+
+
 def _end(process: int, endpoint: Endpoint) -> None:
     """End the process that a pidfd names: by the agent, then by SIGTERM, then by SIGKILL."""
     endpoint.call("stop")

@@ -113,10 +113,13 @@ class Reconciler:
         """Undo a creation, or finish a delete, that hosteld did not live to see."""
         name = entry.record.name
         try:
-            entry.worker = worker
             if entry.record.state is VmState.CREATING:
+                if worker is not None:
+                    # Forked for a start that was never committed.
+                    await worker.quit()
                 await self._maker.roll_back(entry, None)
             else:
+                entry.worker = worker
                 await self._maker.finish_delete(entry, None)
         except (ApiError, StoreFull) as err:
             log.error("not finished vm=%s state=%s error=%s", name, entry.record.state, err)
@@ -171,6 +174,7 @@ class Reconciler:
                 continue
             async with entry.lock:
                 if entry.worker is worker:
+                    await self._table.record(entry, entry.event("responsive"), reason=None)
                     await self._runner.keep_up(entry)
             log.info("worker answers again vm=%s", entry.record.name)
             return

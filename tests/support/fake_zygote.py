@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -53,9 +54,10 @@ class FakeWorker:
         """Serve one hosteld after the other."""
         while True:
             self.peer, _ = self.listener.accept()
-            while (message := protocol.receive(self.peer)) is not None:
-                self.serve(message)
-            self.peer.close()
+            with contextlib.suppress(ConnectionError), self.peer:
+                while (message := protocol.receive(self.peer)) is not None:
+                    self.serve(message)
+            self.peer = None
 
     def serve(self, message: protocol.Message) -> None:
         op, args = message.body["op"], message.body["args"]
@@ -123,10 +125,7 @@ class FakeWorker:
 
     def send(self, body: dict[str, Any]) -> None:
         if self.peer is not None:
-            try:
-                protocol.send(self.peer, body)
-            except BrokenPipeError:
-                self.peer = None
+            protocol.send(self.peer, body)
 
 
 def main() -> None:

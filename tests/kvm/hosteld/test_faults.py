@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Processes that are killed, disks that fill, guests that are hostile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.errors import LabError
+from lab.hosteld import Hosteld
+from lab.rest import ApiFailure
+from tests.support import tiny_kernel as tiny
+from tests.support.hostel import Hostel, has_tap, is_locked, is_running, kill
+
+QUIET = tiny.boot_timer() + tiny.HALT
+BUSY = tiny.boot_timer() + tiny.SPIN
+
+
+@pytest.mark.parametrize("code", [QUIET, BUSY], ids=["halted", "spinning"])
+def test_a_killed_worker_is_told_at_once_with_its_reason(hostel: Hostel, code: bytes) -> None:
+    name = hostel.run(code, nics=[{"id": "net0", "tap": hostel.tap("fault")}])
+    kill(hostel.api.vm(name)["pid"])
+    vm = hostel.api.wait_state(name, "crashed", limit_s=10)
+    assert vm["reason"]["code"] == "worker_killed"
+    assert "SIGKILL" in vm["reason"]["message"]
+    assert vm["pid"] is None
+    assert not has_tap(hostel.tap("fault"))
+    hostel.api.act(name, "start")
+    hostel.delete(name)
+
+
+def test_a_worker_killed_while_paused_is_told(hostel: Hostel) -> None:
+    name = hostel.run(QUIET)
+    pid = hostel.api.act(name, "pause")["pid"]
+    kill(pid)
+    assert hostel.api.wait_state(name, "crashed", limit_s=10)["reason"]["code"] == "worker_killed"
+    hostel.delete(name)
+
+
+def test_a_worker_killed_while_stopping_ends_the_stop(hostel: Hostel) -> None:
+    name = hostel.run(QUIET)
+    pid = hostel.api.vm(name)["pid"]
+    hostel.api.request("POST", f"/v1/vms/{name}/stop?wait=0", {"timeout_s": 60})
+    kill(pid)
+    vm = hostel.api.wait_vm(name, lambda vm: vm["pid"] is None, "ended", limit_s=10)
+    assert vm["state"] in {"crashed", "stopped"}
+    assert vm["reason"]["code"] == "worker_killed"
+    hostel.delete(name)
+
+
+def test_a_worker_killed_while_starting_is_told(hostel: Hostel) -> None:
+    """Killed as soon as it is seen, wherever in its start that is."""
+    name = hostel.create(QUIET, vcpus=16, memory_mib=64)
+    hostel.api.request("POST", f"/v1/vms/{name}/start?wait=0")
+    while not (pids := hostel.workers()) and hostel.api.vm(name)["state"] != "running":
+        continue
+    kill(next(iter(pids)) if pids else hostel.api.vm(name)["pid"])
+    vm = hostel.api.wait_vm(name, lambda vm: vm["state"] != "starting", "past starting")
+    vm = hostel.api.wait_vm(name, lambda vm: vm["pid"] is None, "ended", limit_s=10)
+    assert vm["reason"]["code"] == "worker_killed"
+    hostel.api.act(name, "start")
+    hostel.delete(name)
+
+
+def test_a_killed_worker_frees_its_disk(hostel: Hostel) -> None:
+    path = hostel.directory / "disk.raw"
+    path.write_bytes(bytes(1 << 20))
+    name = hostel.run(QUIET, disks=[{"id": "root", "path": str(path)}])
+    assert is_locked(path)
+    kill(hostel.api.vm(name)["pid"])
+    hostel.api.wait_state(name, "crashed", limit_s=10)
+    hostel.delete(name)
+    assert not is_locked(path)
+    assert path.stat().st_size == 1 << 20
+
+
+def test_two_daemons_never_share_a_state_directory(hostel: Hostel, directory: Path) -> None:
+    second = Hosteld(directory)
+    second.state_dir = hostel.daemon.state_dir
+    with pytest.raises(LabError, match="hosteld ended with status") as failure:
+        second.start()
+    assert "state" in str(failure.value)
+    assert hostel.api.get("/v1/host")["vm_count"] >= 0
+
+
+def test_two_daemons_never_share_a_runtime_directory(hostel: Hostel, directory: Path) -> None:
+    second = Hosteld(directory)
+    second.runtime_dir = hostel.daemon.runtime_dir
+    # Its socket answers: that of the first. So it is started by hand, and must end by itself.
+    with second.log.open("wb") as log:
+        status = subprocess.run(second.argv, stdout=log, stderr=log, timeout=60).returncode
+    assert status not in {0, -9}
+    assert hostel.api.get("/v1/host")["vm_count"] >= 0
+
+
+def test_a_host_without_kvm_says_so_and_serves_everything_else(directory: Path) -> None:
+    config = directory / "config.toml"
+    config.write_text(f'kvm_device = "{directory}/no-kvm"\n')
+    hostel = Hostel(directory, ["--config", str(config)])
+    try:
+        hostel.start()
+        assert hostel.api.get("/v1/host")["tier"] == "any"
+        name = hostel.create(QUIET)
+        with pytest.raises(ApiFailure, match="no-kvm") as failure:
+            hostel.api.act(name, "start")
+        assert failure.value.status in {502, 503}
+        hostel.delete(name)
+    finally:
+        hostel.end()
+
+
+def test_a_kvm_without_permission_says_what_to_do(directory: Path) -> None:
+    if os.geteuid() == 0:
+        node = directory / "not-kvm"
+        node.write_bytes(b"")
+    else:
+        pytest.skip("needs root, to make a device node")
+    config = directory / "config.toml"
+    config.write_text(f'kvm_device = "{node}"\n')
+    hostel = Hostel(directory, ["--config", str(config)])
+    try:
+        hostel.start()
+        name = hostel.create(QUIET)
+        with pytest.raises(ApiFailure):
+            hostel.api.act(name, "start")
+        hostel.wait_workers()
+    finally:
+        hostel.end()
+
+
+@pytest.fixture
+def small_disk(directory: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    path = directory / "small"
+    path.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", str(path)]
+    subprocess.run(["mount", *options], check=True)
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write to a file until its file system has no room left."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 12))
+
+
+def test_a_full_state_directory_is_told_and_harms_no_guest(
+    directory: Path, small_disk: Path
+) -> None:
+    hostel = Hostel(directory)
+    hostel.daemon.state_dir = small_disk / "state"
+    try:
+        hostel.start()
+        running = hostel.run(tiny.say("up") + tiny.echo())
+        stopped = hostel.create(QUIET)
+        filler = small_disk / "filler"
+        fill(filler)
+        image = {"name": "big", "path": str(filler)}
+        with pytest.raises(ApiFailure) as failure:
+            hostel.api.post("/v1/images?wait=60", image)
+        assert failure.value.status == 507
+        hostel.api.type(running, "x")
+        assert hostel.api.vm(running)["state"] == "running"
+        filler.unlink()
+        hostel.api.act(stopped, "start")
+        for name in (running, stopped):
+            hostel.delete(name)
+    finally:
+        hostel.end()
+
+
+def hostile(seed: int) -> bytes:
+    """A few hundred bytes that write garbage to every device the machine has, again and again.
+
+    ports: PCI's address and data, i8042, RTC, GED, sleep status, COM1. Then what BARs it finds.
+    """
+    chance = random.Random(seed)
+    ports = [0xCF8, 0xCFC, 0xCFE, 0x60, 0x64, 0x70, 0x71, 0x3F9, 0x3FB, 0x3FC, 0x5C0, 0x80]
+    body = b""
+    for port in chance.choices(ports, k=40):
+        value = chance.getrandbits(32)
+        if port == 0xCF8:
+            value = 0x8000_0000 | chance.randrange(6) << 11 | chance.randrange(0, 256, 4)
+        if port == 0x64 and value & 0xFF == tiny.I8042_RESET:
+            value ^= 1
+        body += b"\x66\xba" + port.to_bytes(2, "little") + b"\xb8" + value.to_bytes(4, "little")
+        body += chance.choice([b"\xee", b"\x66\xef", b"\xef", b"\xec", b"\xed"])
+    return body
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_hostile_guest_harms_only_itself(hostel: Hostel, seed: int) -> None:
+    path = hostel.directory / f"hostile-{seed}.raw"
+    path.write_bytes(bytes(1 << 20))
+    # The loop's jump is a near one: the body is longer than a short one reaches.
+    body = tiny.boot_timer() + hostile(seed)
+    code = body + b"\xe9" + (-(len(body) + 5)).to_bytes(4, "little", signed=True)
+    name = hostel.run(
+        code,
+        rng=True,
+        disks=[{"id": "root", "path": str(path)}],
+        nics=[{"id": "net0", "tap": hostel.tap(f"evil{seed}")}],
+    )
+    hostel.api.wait_vm(name, lambda vm: vm["boot_time_us"] is not None, "timed")
+    for _ in range(20):
+        vm = hostel.api.vm(name)
+        assert vm["reason"] is None or vm["reason"]["code"] != "worker_defect"
+    vm = hostel.api.vm(name)
+    assert vm["state"] in {"running", "crashed", "stopped"}
+    if vm["pid"] is not None:
+        assert is_running(vm["pid"])
+        hostel.api.act(name, "kill")
+    log = next(hostel.daemon.state_dir.glob(f"vms/{vm['id']}/worker.log")).read_text()
+    assert "Traceback" not in log
+    hostel.delete(name)

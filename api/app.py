@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket
 
 from .auth import Auth
-from .errors import ApiError
+from .errors import ApiError, Busy
 from .middleware import RequestContext
 from .openapi import build_openapi
 from .ports import HostelService
@@ -113,7 +113,7 @@ async def _serve_openapi(request: Request) -> Response:
 
 async def _on_api_error(request: Request | WebSocket, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    if error.status >= 500:
+    if error.status >= 500 and not isinstance(error, Busy):
         _LOG.warning(
             "request refused status=%d code=%s path=%s: %s",
             error.status,

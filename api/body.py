@@ -80,6 +80,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     """
     cached = request.scope.get(_BODY_KEY)
     if isinstance(cached, bytes):
+        if len(cached) > limit:
+            raise _too_large(limit)
         return cached
     parts = bytearray()
     deadline = asyncio.get_running_loop().time() + BODY_TOTAL_S

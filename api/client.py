@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Final, Literal, Self, TypeVar
 
 import httpx
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .endpoint import Endpoint, find_endpoint
 from .errors import ApiError, Internal, error_from_problem
@@ -366,12 +366,12 @@ class HostelClient:
 
     def _all(self, path: str, model: type[M], filters: Params) -> list[M]:
         """Return every object of a list, page by page."""
-        adapter = TypeAdapter(Page[model])  # type: ignore[valid-type]  # a type made at run time
         items: list[M] = []
         cursor: str | None = None
         while True:
             params: Params = {**filters, "limit": PAGE_LIMIT, "cursor": cursor}
-            page = adapter.validate_json(self._send("GET", path, params=params).content)
+            reply = self._send("GET", path, params=params)
+            page = _parse(reply, Page[model])  # type: ignore[valid-type]  # made at run time
             items += page.items
             cursor = page.next_cursor
             if cursor is None:
@@ -379,7 +379,14 @@ class HostelClient:
 
 
 def _parse(reply: httpx.Response, model: type[M]) -> M:
-    return model.model_validate_json(reply.content)
+    try:
+        return model.model_validate_json(reply.content)
+    except ValidationError as err:
+        raise Internal(
+            "not_understood",
+            f"{reply.request.url.path}: the reply is no {model.__name__}; is hosteld of another "
+            f"version? {err.error_count()} fields differ",
+        ) from err
 
 
 def _outcome(reply: httpx.Response, model: type[M]) -> M | Operation:

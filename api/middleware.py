@@ -7,6 +7,7 @@ Plain ASGI: no task, queue or copy per request, as Starlette's BaseHTTPMiddlewar
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Internal
+from .errors import ApiError, Busy, Internal
 from .problem import problem_response, request_id
 
 _LOG = logging.getLogger(__name__)
@@ -41,6 +42,12 @@ class RequestContext:
         exchange = _Exchange(scope, send, current)
         try:
             await self._app(scope, receive, exchange.send)
+        except asyncio.CancelledError:
+            # Only a stopping server cancels requests, when they have had their time.
+            if exchange.has_started or scope["type"] != "http":
+                raise
+            error: ApiError = Busy("stopping", "the daemon is stopping: send it again in a moment")
+            await problem_response(error)(scope, receive, exchange.send)
         except Exception as err:  # border: HTTP request
             _LOG.exception("request failed id=%s path=%s", current, scope["path"])
             if exchange.has_started or scope["type"] != "http":

@@ -215,12 +215,12 @@ def takes(
     return {"requestBody": body, **(if_match() if has_if_match else {})}
 
 
-def takes_bytes(description: str) -> Json:
-    """Return the documentation of a raw body that is streamed."""
+def takes_bytes(description: str, *, is_streamed: bool = True) -> Json:
+    """Return the documentation of a raw body."""
     media = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     return {
         "requestBody": {"required": False, "description": description, "content": media},
-        STREAMED: True,
+        STREAMED: is_streamed,
     }
 
 

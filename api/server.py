@@ -16,7 +16,7 @@ import logging
 import socket
 import struct
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -41,8 +41,9 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 # Well below the usual limit of open files, of which each VM needs about ten.
 MAX_CONNECTIONS: Final = 1024
 KEEP_ALIVE_S: Final = 75
-# How long running requests may go on when the daemon stops; followers are ended at once.
 GRACE_S: Final = 5.0
+# Then they are cancelled, which each may tell its client.
+LAST_WORDS_S: Final = 1.0
 # How long a follower that is cut may take to read why.
 LINGER_S: Final = 5.0
 # Consoles are typed into by people; larger frames are refused.
@@ -199,6 +200,12 @@ class _Server(uvicorn.Server):
                 await asyncio.wait_for(self._stop.wait(), TICK_S)
         self._followers.stop()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what is cancelled say so before the loop ends."""
+        await super().shutdown(sockets)
+        if self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks), timeout=LAST_WORDS_S)
+
 
 async def serve(
     app: FastAPI,
@@ -206,6 +213,7 @@ async def serve(
     socket: socket.socket,
     tcp_socket: socket.socket | None,
     stop: asyncio.Event,
+    grace_s: float = GRACE_S,
 ) -> None:
     """Serve until ``stop`` is set and the running requests have ended or had their time.
 
@@ -213,7 +221,8 @@ async def serve(
         app: from `api.app.create_app`.
         socket: bound Unix socket, listening or not; closed at the end.
         tcp_socket: bound loopback TCP socket, or None.
-        stop: set it to stop; followers are ended at once, requests have ``GRACE_S`` seconds.
+        stop: set it to stop; followers are ended at once.
+        grace_s: how long running requests may go on then; what is left is answered 503.
     """
     config = uvicorn.Config(
         app,
@@ -225,7 +234,8 @@ async def serve(
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(GRACE_S),
+        # uvicorn types it as whole seconds and hands it to asyncio.wait_for, which takes any.
+        timeout_graceful_shutdown=cast(int, grace_s),
         ws_max_size=MAX_FRAME_BYTES,
         ws_ping_interval=PING_INTERVAL_S,
         ws_ping_timeout=PING_TIMEOUT_S,

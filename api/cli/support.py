@@ -66,12 +66,18 @@ def endpoint_of(context: typer.Context) -> Endpoint:
 @contextmanager
 def session(context: typer.Context) -> Iterator[HostelClient]:
     """Give a client; what goes wrong becomes one line and the exit code."""
+    from pydantic import ValidationError
+
     from ..client import HostelClient, Unreachable
     from ..errors import ApiError
+    from ..validation import explain
 
     try:
         with HostelClient(endpoint_of(context)) as client:
             yield client
+    except ValidationError as err:
+        # An option that no request can hold; replies are checked in the client.
+        fail(explain(err.errors()[0]).detail, EXIT_USAGE)
     except ApiError as err:
         fail(describe(err), EXIT_API_ERROR)
     except Unreachable as err:

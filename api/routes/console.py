@@ -105,7 +105,9 @@ async def _follow_log(service: HostelService, vm: str, first: ConsoleChunk) -> A
         **success(ConsoleInput, "What was taken."),
         **problems(404, 408, 409, 413),
     },
-    openapi_extra=takes_bytes("Raw bytes, at most 64 KiB, as a terminal would send them."),
+    openapi_extra=takes_bytes(
+        "Raw bytes, at most 64 KiB, as a terminal would send them.", is_streamed=False
+    ),
 )
 async def write_console(request: Request, vm: VmPath) -> Response:
     """A slow guest may take fewer bytes than were sent."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Coroutine
@@ -49,7 +50,7 @@ class LiveServer:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._loop.call_soon(self._ready.set)
-        await serve(self.app, socket=self._unix, tcp_socket=self._tcp, stop=self._stop)
+        await serve(self.app, socket=self._unix, tcp_socket=self._tcp, stop=self._stop, grace_s=0.2)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the server's loop."""
@@ -70,7 +71,8 @@ class LiveServer:
         """Ask the server to stop."""
         assert self._loop is not None
         assert self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has stopped before
+            self._loop.call_soon_threadsafe(self._stop.set)
 
     def close(self) -> None:
         """Stop and wait for the end."""

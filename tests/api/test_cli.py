@@ -261,6 +261,7 @@ def test_no_daemon_is_exit_3_with_what_to_do(tmp_path: Path) -> None:
         (["vm", "create", "a", "--kernel", "k", "--disk", "root"], "write ID=image:NAME"),
         (["vm", "list", "--state", "asleep"], "must be one of creating"),
         (["vm", "fly"], "No such command"),
+        (["kernel", "import", "A", "/x"], 'name="A": must match'),
     ],
 )
 def test_wrong_usage_is_exit_2(cli: Cli, words: list[str], says: str) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -150,7 +151,14 @@ def test_daemon_that_stops_ends_the_events(live: LiveServer, hostel: HostelClien
     assert list(events) == []
 
 
-def test_answers_of_something_else_are_told(tmp_path: Path) -> None:
+OTHERS = [
+    (b"404 Not Found\r\nContent-Length: 4\r\n\r\nnope", "HTTP 404, not from hosteld: nope"),
+    (b"200 OK\r\nContent-Length: 2\r\n\r\n{}", "/v1/vms: the reply is no Page"),
+]
+
+
+@pytest.mark.parametrize(("answered", "told"), OTHERS)
+def test_answers_of_something_else_are_told(tmp_path: Path, answered: bytes, told: str) -> None:
     path = str(tmp_path / "other.sock")
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(path)
@@ -159,13 +167,13 @@ def test_answers_of_something_else_are_told(tmp_path: Path) -> None:
         def answer() -> None:
             with other.accept()[0] as peer:
                 peer.recv(65536)
-                peer.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnope")
+                peer.sendall(b"HTTP/1.1 " + answered)
 
         thread = threading.Thread(target=answer)
         thread.start()
         with (
             HostelClient(Endpoint(socket=path)) as client,
-            pytest.raises(Internal, match="HTTP 404, not from hosteld: nope"),
+            pytest.raises(Internal, match=re.escape(told)),
         ):
             client.list_vms()
         thread.join()

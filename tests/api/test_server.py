@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 
@@ -315,3 +316,27 @@ def test_stop_ends_followers_with_a_word(live: LiveServer) -> None:
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1012
         assert ": the daemon is stopping, connect again" in list(lines)
+
+
+def test_stop_tells_who_still_waits(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    live.service.create_gate = asyncio.Event()
+    body = b'{"name": "web-1", "kernel": "debian"}'
+    head = b"POST /v1/vms HTTP/1.1\r\nHost: x\r\nIdempotency-Key: 1\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with live.connect() as raw:
+        raw.sendall(head + body)
+        live.wait_until(lambda: live.service.creates == 1)
+        live.begin_stop()
+        assert problem_of(read_all(raw)) == (503, "stopping")
+    assert live.service.keys == {}
+
+
+def test_reading_again_under_another_limit_is_bounded(live: LiveServer) -> None:
+    make_vm(live)
+    with unix_client(live) as client:
+        path = "/v1/vms/web-1/console/input"
+        reply = client.post(path, content=b"x" * 65537, headers={"idempotency-key": "1"})
+        assert (reply.status_code, reply.json()["code"]) == (413, "body_too_large")
+        assert client.post(path, content=b"a", headers={"idempotency-key": "2"}).status_code == 200
+        other = client.post(path, content=b"b", headers={"idempotency-key": "2"})
+        assert other.json()["code"] == "idempotency_key_reused"

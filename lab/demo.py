@@ -38,7 +38,7 @@ from lab.where import in_lab, lab_command, why_not_here
 CURL: Final = "curl -sS --fail-with-body --unix-socket $S"
 PROMPT: Final = "# "
 # What a person would type at the console, and how its end is told from its echo.
-COMMAND: Final = "uname -a; nproc; ip -brief link"
+COMMAND: Final = "uname -a; nproc; ip link"
 END: Final = "answered 42"
 BACK: Final = "still here, 42"
 CALL_LIMIT_S: Final = 90.0

@@ -53,8 +53,8 @@ class GuestMemory:
         ValueError: the layout or the memfd does not fit these rules.
         OSError: the host has no memory or address space left.
 
-    Threads: the layout never changes, so every method may be called from any thread; bytes
-    that a vCPU writes meanwhile may be read torn. close() comes after every engine and vCPU.
+    Threads: the layout never changes, so every method but load_fd may be called from any thread;
+    bytes that a vCPU writes meanwhile may be read torn. close() comes after every engine and vCPU.
     """
 
     def __init__(self, regions: Sequence[tuple[Gpa, int]], *, memfd: int | None = None) -> None:

@@ -16,14 +16,16 @@
 
 int host_punch_hole(int fd, uint64_t offset, uint64_t length)
 {
-	if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length) < 0)
+	if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+		      (off_t)length) < 0)
 		return -errno;
 	return 0;
 }
 
 int host_keep_heap_small(void)
 {
-	/* glibc gives every thread an arena of its own otherwise: 64 KiB and more touched for each. */
+	/* glibc gives every thread an arena of its own otherwise: 64 KiB and more touched for each.
+	 */
 	if (!mallopt(M_ARENA_MAX, 1) || !mallopt(M_TRIM_THRESHOLD, 64 * 1024))
 		return -EINVAL;
 	return 0;
@@ -31,7 +33,7 @@ int host_keep_heap_small(void)
 
 int host_drop_privileges(void)
 {
-	struct __user_cap_header_struct header = { .version = _LINUX_CAPABILITY_VERSION_3, .pid = 0 };
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = 0};
 	struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3];
 	unsigned long cap;
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import sqlite3
 from dataclasses import dataclass, field
 from typing import Final
@@ -86,7 +87,7 @@ class Reconciler:
             *(self._reconcile(entry) for entry in list(self._table)),
             *(self._end_leftover(vm_id) for vm_id in found - known),
         )
-        self._tell_of_strays(known)
+        self._sweep_strays(known)
         await _note_boot(store, present)
         return self._report
 
@@ -219,11 +220,19 @@ class Reconciler:
         self._pool.forget(vm_id)
         self._report.leftovers.append(vm_id)
 
-    def _tell_of_strays(self, known: set[str]) -> None:
-        """Name state directories without a VM: they may hold somebody's disk, so they stay."""
+    def _sweep_strays(self, known: set[str]) -> None:
+        """Remove the logs of VMs that were never committed; what holds disks only named.
+
+        Disks are copied after their VM is committed, so these belong to a VM that the database
+        once had: it may have been restored from a backup, and they are somebody's data.
+        """
         for path in (self._layout.state / "vms").iterdir():
-            if path.name not in known:
-                log.warning("directory without VM, remove it by hand path=%s", path)
+            if path.name in known:
+                continue
+            if (path / "disks").exists():
+                log.warning("disks without VM, remove them by hand path=%s", path)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 async def _note_boot(store: Store, boot_id: str) -> None:

@@ -187,14 +187,17 @@ def test_a_worker_of_a_stopped_vm_is_ended(harness: Harness) -> None:
     assert harness.worker_pids() == []
 
 
-def test_a_worker_without_vm_is_ended_and_its_files_stay(harness: Harness) -> None:
+@pytest.mark.parametrize("has_disk", [False, True])
+def test_a_worker_without_vm_is_ended_and_its_disks_stay(harness: Harness, has_disk: bool) -> None:
     start_one(harness)
     rewrite(harness, "DELETE FROM vms")
     (state,) = (harness.layout.state / "vms").iterdir()
+    if has_disk:
+        (state / "disks").mkdir()
     harness.run(nothing)
     assert harness.report.leftovers == [state.name]
     assert harness.worker_pids() == []
-    assert state.exists()
+    assert state.exists() == has_disk
 
 
 def test_a_delete_is_finished(harness: Harness) -> None:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Kernels and images: imported, uploaded, cancelled, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from api.errors import Conflict, Invalid, NotFound
+from api.models.resources import Image, ImageImport, Kernel, KernelImport, Operation
+from api.ports import Call
+from daemon.supervisor.service import Supervisor
+from tests.support import tiny_kernel
+from tests.support.supervisor import CALL, Harness
+
+ELF = tiny_kernel.elf(tiny_kernel.HALT)
+
+
+async def body(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+def stored(harness: Harness) -> list[str]:
+    return sorted(
+        path.name
+        for directory in (harness.layout.kernels, harness.layout.images)
+        for path in directory.iterdir()
+    )
+
+
+def test_an_uploaded_kernel_is_an_imported_kernel(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        sha256 = hashlib.sha256(ELF).hexdigest()
+        kernel = await supervisor.upload_kernel("k", sha256, body(ELF[:50], b"", ELF[50:]), CALL)
+        assert isinstance(kernel, Kernel)
+        assert (kernel.format, kernel.size_bytes, kernel.sha256) == ("elf", len(ELF), sha256)
+        assert await supervisor.get_kernel("k") == await supervisor.get_kernel(kernel.id)
+        assert (await harness.start("a")).kernel == "k"
+
+    harness.run(scenario)
+
+
+def test_a_large_upload_arrives_whole(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        pieces = [bytes([number]) * 65_536 for number in range(40)]
+        image = await supervisor.upload_image("i", "disk", None, body(*pieces), CALL)
+        assert isinstance(image, Image)
+        assert image.sha256 == hashlib.sha256(b"".join(pieces)).hexdigest()
+
+    harness.run(scenario)
+
+
+def test_a_wrong_digest_is_refused_and_leaves_nothing(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        with pytest.raises(Invalid) as caught:
+            await supervisor.upload_kernel("k", "0" * 64, body(ELF), CALL)
+        assert caught.value.field == "sha256"
+        assert stored(harness) == []
+        await harness.kernel("k")
+
+    harness.run(scenario)
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(harness: Harness) -> None:
+    async def broken() -> AsyncIterator[bytes]:
+        yield bytes(2 << 20)
+        raise ConnectionResetError
+
+    async def scenario(supervisor: Supervisor) -> None:
+        with pytest.raises(Exception, match=r"import image i"):
+            await supervisor.upload_image("i", "disk", None, broken(), CALL)
+        assert stored(harness) == []
+        await harness.image("i")
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a kernel", b"\x7fELF" + bytes(100), bytes(10_000)])
+def test_what_is_no_kernel_is_refused(harness: Harness, content: bytes) -> None:
+    path = harness.path / "kernel"
+    path.write_bytes(content)
+
+    async def scenario(supervisor: Supervisor) -> None:
+        with pytest.raises(Invalid) as caught:
+            await supervisor.import_kernel(KernelImport(name="k", path=str(path)), CALL)
+        assert caught.value.field == "path"
+        assert stored(harness) == []
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "."])
+def test_a_source_that_cannot_be_read_is_refused(harness: Harness, name: str) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        wanted = ImageImport(name="i", path=str(harness.path / name))
+        with pytest.raises(Invalid) as caught:
+            await supervisor.import_image(wanted, CALL)
+        assert caught.value.field == "path"
+
+    harness.run(scenario)
+
+
+def test_the_same_bytes_are_kept_once_and_as_long_as_a_name_needs_them(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.kernel("one")
+        await harness.kernel("two")
+        assert len(stored(harness)) == 1
+        await supervisor.delete_kernel("one", CALL)
+        assert len(stored(harness)) == 1
+        await supervisor.delete_kernel("two", CALL)
+        assert stored(harness) == []
+        with pytest.raises(NotFound):
+            await supervisor.get_kernel("one")
+
+    harness.run(scenario)
+
+
+def test_a_kernel_in_use_is_not_deleted(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.create("a")
+        with pytest.raises(Conflict, match="kernel k is used by VM a"):
+            await supervisor.delete_kernel("k", CALL)
+        await supervisor.delete_vm("a", False, CALL)
+        await supervisor.delete_kernel("k", CALL)
+
+    harness.run(scenario)
+
+
+def test_a_name_is_taken_once(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.kernel("k")
+        with pytest.raises(Conflict, match="exists already"):
+            await harness.kernel("k")
+
+    harness.run(scenario)
+
+
+def test_an_import_can_be_cancelled(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    from daemon.images.errors import Cancelled
+
+    def slow(*_: object, cancelled: object, **__: object) -> None:
+        assert callable(cancelled)
+        while not cancelled():
+            pass
+        raise Cancelled
+
+    async def scenario(supervisor: Supervisor) -> None:
+        monkeypatch.setattr("daemon.supervisor.imports.importer.import_kernel", slow)
+        operation = await supervisor.import_kernel(
+            KernelImport(name="k", path="/x"), Call("test", wait_s=0.02)
+        )
+        assert isinstance(operation, Operation)
+        assert operation.may_cancel
+        operation = await supervisor.cancel_operation(operation.id, CALL)
+        assert operation.state.value == "cancelled"
+        with pytest.raises(Conflict, match="has ended"):
+            await supervisor.cancel_operation(operation.id, CALL)
+        monkeypatch.undo()
+        await harness.kernel("k")
+
+    harness.run(scenario)
+
+
+def test_a_stopping_daemon_cancels_imports(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from daemon.images.errors import Cancelled
+
+    def slow(*_: object, cancelled: object, **__: object) -> None:
+        assert callable(cancelled)
+        while not cancelled():
+            pass
+        raise Cancelled
+
+    async def scenario(supervisor: Supervisor) -> None:
+        monkeypatch.setattr("daemon.supervisor.imports.importer.import_kernel", slow)
+        await supervisor.import_kernel(KernelImport(name="k", path="/x"), Call("test", wait_s=0.02))
+
+    harness.run(scenario)
+
+
+def test_bytes_without_a_name_are_swept_at_start(harness: Harness) -> None:
+    async def first(_: Supervisor) -> None:
+        await harness.kernel("k")
+
+    async def second(supervisor: Supervisor) -> None:
+        assert len(stored(harness)) == 1
+        assert (await supervisor.get_kernel("k")).name == "k"
+
+    harness.run(first)
+    (harness.layout.images / ("f" * 64)).mkdir()
+    (harness.layout.images / ".staging-dead").mkdir()
+    harness.run(second)
+
+
+def test_imports_at_once_and_a_delete_between_lose_nothing(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.kernel("first")
+        paths = [
+            tiny_kernel.write_elf(harness.path / f"{number}.elf", tiny_kernel.HALT)
+            for number in range(8)
+        ]
+        await asyncio.gather(
+            *(
+                supervisor.import_kernel(KernelImport(name=path.stem, path=str(path)), CALL)
+                for path in paths
+            ),
+            supervisor.delete_kernel("first", CALL),
+        )
+
+    harness.run(scenario)
+    (sha256,) = stored(harness)
+    assert (harness.layout.kernels / sha256 / "vmlinux").exists()

@@ -157,6 +157,13 @@ class Command:
                 elif pipe is not None:
                     pipe.close()
         self.end()
+        if pipe is not None:
+            pipe.close()
+
+    def drop_output(self) -> None:
+        """Close our ends of the output pipes; who still writes to them gets SIGPIPE."""
+        for pipe in (self.process.stdout, self.process.stderr):
+            cast(BinaryIO, pipe).close()
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send one frame. Raises OSError when the other side is gone."""
@@ -206,7 +213,7 @@ class Agent:
         """Accept requests, each in a thread of its own."""
         idle_s: float = self.config["idle_s"]
         last_use = time.monotonic()
-        self.listener.settimeout(1.0)
+        self.listener.settimeout(0.25)
         while not self.stopping.is_set():
             if self.commands:
                 last_use = time.monotonic()
@@ -275,6 +282,7 @@ class Agent:
             command.pump()
         finally:
             del self.commands[request["id"]]
+            command.drop_output()
         # Closing with input unread would reset the connection and lose the exit status: the
         # other side closes first, and until then the feeder drops what still comes.
         connection.shutdown(socket.SHUT_WR)

@@ -87,7 +87,11 @@ class MachineSpec:
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""
-        return asdict(self)
+        # dataclasses.asdict() copies deeply, which would be a tenth of a launch.
+        spec = {name: getattr(self, name) for name in self.__slots__}
+        spec["disks"] = [asdict(disk) for disk in self.disks]
+        spec["nics"] = [asdict(nic) for nic in self.nics]
+        return spec
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> MachineSpec:
@@ -114,6 +118,7 @@ class Status:
             out).
         reason: {"code", "message", "detail"} where the state is not what hosteld asked for.
         boot_time_us: from MachineSpec.requested_ns to the guest's boot-timer write.
+        resets: how often the machine has been built anew.
     """
 
     state: str
@@ -121,6 +126,7 @@ class Status:
     pid: int
     reason: dict[str, Any] | None = None
     boot_time_us: int | None = None
+    resets: int = 0
 
     def encode(self) -> dict[str, Any]:
         """Return the status as JSON."""
@@ -131,8 +137,21 @@ class Status:
         """Build the status from JSON.
 
         Raises:
-            ProtocolError: a field is missing or unknown.
+            ProtocolError: a field is missing, unknown or of the wrong type.
         """
+        reason, boot_time_us = data.get("reason"), data.get("boot_time_us")
+        is_sound = (
+            isinstance(data.get("state"), str)
+            and isinstance(data.get("vm_id"), str)
+            and isinstance(data.get("pid"), int)
+            and isinstance(boot_time_us, int | None)
+            and isinstance(reason, dict | None)
+        )
+        if is_sound and reason is not None:
+            shapes = {"code": str, "message": str, "detail": dict}
+            is_sound = all(isinstance(reason.get(name), kind) for name, kind in shapes.items())
+        if not is_sound:
+            raise ProtocolError("status: a field is missing or has the wrong type")
         try:
             return cls(**data)
         except TypeError as err:
@@ -183,7 +202,7 @@ def receive(sock: socket.socket) -> Message | None:
         body = json.loads(data)
         if not isinstance(body, dict):
             raise ProtocolError("message is not a JSON object")
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         close_all(fds)
         raise ProtocolError(f"message is not JSON: {err}") from err
     except ProtocolError:

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from . import protocol
 from .errors import ProtocolError
@@ -83,6 +84,8 @@ class Zygote:
 
         self._worker_main = worker_main.run
         os.setsid()
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)  # hosteld's standard input may be a terminal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -122,25 +125,35 @@ class Zygote:
     def _answer(self, message: protocol.Message, selector: selectors.BaseSelector) -> None:
         request_id = message.body.get("id")
         if message.body.get("op") != "fork" or len(message.fds) != WORKER_FDS:
-            error = {"code": "bad_request", "message": "the zygote knows only fork, with four fds"}
-            protocol.send(self._sock, {"id": request_id, "error": error})
+            self._refuse(request_id, "bad_request", "the zygote knows only fork, with four fds")
             return
         try:
             pid = os.fork()
         except OSError as err:
-            error = {"code": "fork_failed", "message": f"fork: {err.strerror}"}
-            protocol.send(self._sock, {"id": request_id, "error": error})
+            self._refuse(request_id, "fork_failed", f"fork: {err.strerror}")
             return
         if pid == 0:
-            self._become_worker(
-                str(message.body.get("args", {}).get("vm", "")), message.fds, selector
-            )
-        # Safe against pid reuse: this process is the parent and has not reaped it yet.
-        pidfd = os.pidfd_open(pid)
+            args = message.body.get("args", {})
+            self._become_worker(str(args.get("vm", "")), message.fds, selector)
         try:
-            protocol.send(self._sock, {"id": request_id, "ok": {"pid": pid}}, (pidfd,))
-        finally:
-            os.close(pidfd)
+            # Safe against pid reuse: this process is the parent and has not reaped it yet.
+            pidfd = os.pidfd_open(pid)
+        except OSError as err:
+            os.kill(pid, signal.SIGKILL)  # nobody could watch it
+            self._refuse(request_id, "fork_failed", f"pidfd_open: {err.strerror}")
+            return
+        self._send({"id": request_id, "ok": {"pid": pid}}, (pidfd,))
+        os.close(pidfd)
+
+    def _refuse(self, request_id: object, code: str, message: str) -> None:
+        self._send({"id": request_id, "error": {"code": code, "message": message}})
+
+    def _send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        try:
+            protocol.send(self._sock, body, fds)
+        except OSError as err:
+            # hosteld has gone: the next receive says so, and the zygote ends.
+            log.info("message to hosteld lost: %s", err)
 
     def _become_worker(
         self, vm_id: str, fds: tuple[int, ...], selector: selectors.BaseSelector
@@ -169,7 +182,7 @@ class Zygote:
                 return
             if pid == 0:
                 return
-            protocol.send(self._sock, {"notice": "exited", "data": {"pid": pid, "status": status}})
+            self._send({"notice": "exited", "data": {"pid": pid, "status": status}})
 
 
 def main() -> None:

@@ -268,6 +268,7 @@ class _Lib:
     BLK_MAX_DISCARD_SECTORS: Final[int]
     BLK_MAX_WRITE_ZEROES_SEGMENTS: Final[int]
     BLK_MAX_WRITE_ZEROES_SECTORS: Final[int]
+    BLK_MAX_REQUEST_BYTES: Final[int]
     BLK_SECTOR_BYTES: Final[int]
     BLK_SERIAL_BYTES: Final[int]
     BLK_MAX_SECTORS: Final[int]

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from typing import Final
 
 from kvm_ffi.host_process import punch_hole
+
+log = logging.getLogger(__name__)
 
 KEEP_BYTES: Final = 1 << 20
 # Punched in steps, not at every write.
@@ -55,7 +58,6 @@ class ConsoleLog:
         try:
             punch_hole(self._fd, 0, keep_from)
         except OSError as err:
-            # A file system without holes keeps the whole log rather than none of it.
-            if err.errno != errno.EOPNOTSUPP:
-                raise
+            # A disk that is full, or has no holes, keeps the whole log rather than none of it.
+            log.warning("console log not shortened: %s", err)
         self._start = keep_from

@@ -57,13 +57,17 @@ class ControlServer:
             peer, _ = self._listener.accept()
         except BlockingIOError:
             return
+        except OSError as err:
+            log.warning("control connection not accepted: %s", err)
+            return
         self._hang_up()
         peer.setblocking(False)
         self._peer = peer
         self._selector.register(peer, selectors.EVENT_READ, self._serve)
 
     def _serve(self) -> None:
-        assert self._peer is not None
+        if self._peer is None:
+            return
         try:
             message = protocol.receive(self._peer)
         except BlockingIOError:

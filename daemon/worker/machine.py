@@ -8,8 +8,9 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from devices.acpi.config import AcpiConfig
@@ -187,35 +188,21 @@ class Machine:
         self._table.set_ecam(layout.ECAM_GPA, layout.ECAM_BYTES)
         self._pci = PciHost(self._table, self._mmio, acpi.pci_window_32, acpi.pci_window_64)
         router = IrqRouter(self._vm)
-        # A device owns its descriptor, and a reset needs it again: hence the copies.
-        devices: list[VirtioDevice] = [
-            VirtioBlk(
-                disk.id,
-                os.dup(fds[disk.fd]),
-                path=disk.id,
-                is_read_only=disk.read_only,
-                serial=f"{spec.vm_id[:8]}-{disk.id}"[:SERIAL_BYTES],
-            )
-            for disk in spec.disks
-        ]
-        for nic in spec.nics:
-            mac = bytes.fromhex(nic.mac.replace(":", ""))
-            devices.append(
-                VirtioNet(nic.id, os.dup(fds[nic.fd]), path=nic.id, mac=mac, mtu=nic.mtu)
-            )
-        if spec.rng:
-            devices.append(VirtioRng())
         has_wildcard = self._vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH")
-        notify_length = 0 if has_wildcard else 2
-        for device in devices:
-            transport = VirtioPci(
-                device,
-                vm=self._vm,
-                router=router,
-                memory=self._memory,
-                event_loop=self.event_loop,
-                notify_length=notify_length,
-            )
+        for make, fd in _virtio_devices(spec, fds):
+            device = _make_with_copy(make, fd)
+            try:
+                transport = VirtioPci(
+                    device,
+                    vm=self._vm,
+                    router=router,
+                    memory=self._memory,
+                    event_loop=self.event_loop,
+                    notify_length=0 if has_wildcard else 2,
+                )
+            except BaseException:
+                device.close()
+                raise
             stack.callback(transport.close)
             self._pci.attach(transport)
             self._virtio[device.name] = device
@@ -341,6 +328,35 @@ _FATAL: Final = {
     exits.EXIT_HLT: ("guest_halted", "halted without interrupts"),
     EXIT_DEFECT: ("worker_defect", "its thread failed; the worker's log has the trace"),
 }
+
+
+_DeviceMaker = Callable[[int], VirtioDevice]
+
+
+def _virtio_devices(spec: MachineSpec, fds: MachineFds) -> Iterator[tuple[_DeviceMaker, int]]:
+    """Yield how to make each device, and the descriptor behind it (-1: none), in slot order."""
+    for disk in spec.disks:
+        serial = f"{spec.vm_id[:8]}-{disk.id}"[:SERIAL_BYTES]
+        make_blk = partial(
+            VirtioBlk, disk.id, path=disk.id, is_read_only=disk.read_only, serial=serial
+        )
+        yield make_blk, fds[disk.fd]
+    for nic in spec.nics:
+        mac = bytes.fromhex(nic.mac.replace(":", ""))
+        yield partial(VirtioNet, nic.id, path=nic.id, mac=mac, mtu=nic.mtu), fds[nic.fd]
+    if spec.rng:
+        yield lambda _: VirtioRng(), -1
+
+
+def _make_with_copy(make: _DeviceMaker, fd: int) -> VirtioDevice:
+    """Make a device with a descriptor of its own: it will close it, and a reset needs it again."""
+    copy = os.dup(fd) if fd >= 0 else -1
+    try:
+        return make(copy)
+    except BaseException:
+        if copy >= 0:
+            os.close(copy)
+        raise
 
 
 def _boot_source(spec: MachineSpec, fds: MachineFds) -> boot.BootSource:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
+from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.host_process import drop_privileges, keep_heap_small, name_thread
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # A guest that resets itself at once after each start costs the host this often, no more.
 MIN_RESET_INTERVAL_S: Final = 1.0
+# More than any status takes.
+LAST_WORDS_BYTES: Final = 4096
 
 
 def run(vm_id: str, fds: tuple[int, ...]) -> int:
@@ -90,6 +93,8 @@ class Worker:
         self._is_done = False
         self._reset_due: float | None = None
         self._last_reset = 0.0
+        # What a guest can make the worker log, and so write to the host's disk.
+        self._log_limit = RateLimiter()
         self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "status": self._on_status,
             "pause": self._on_pause,
@@ -112,11 +117,20 @@ class Worker:
             if self._reset_due is not None:
                 timeout = max(0.0, self._reset_due - time.monotonic())
             for key, _ in self._selector.select(timeout):
-                key.data()
+                # One callback may take away what a later one of the same round stands for.
+                if self._selector.get_map().get(key.fd) is key:
+                    self._call(key.data)
             if self._reset_due is not None and time.monotonic() >= self._reset_due:
-                self._reset_due = None
                 self._rebuild()
         self._teardown()
+
+    def _call(self, callback: Callable[[], object]) -> None:
+        # The border "worker message": whatever goes wrong in one of them, the guest runs on.
+        try:
+            callback()
+        except Exception:
+            if self._log_limit.admit() is not None:
+                log.exception("main loop callback failed callback=%r", callback)
 
     def post(self, event: MachineEvent) -> None:
         """Report what happened in the machine; callable on any thread, never blocks."""
@@ -148,9 +162,11 @@ class Worker:
         try:
             self._spec = MachineSpec.decode(args)
             self._build()
-        except (HostError, ImageError, OSError, ValueError) as err:
+        except BaseException as err:
             self._fds.close()
-            raise WorkerError("launch_failed", str(err)) from err
+            if isinstance(err, HostError | ImageError | OSError | ValueError):
+                raise WorkerError("launch_failed", str(err)) from err
+            raise
         self._set_state("running")
         return self._status.encode()
 
@@ -163,7 +179,9 @@ class Worker:
         return self._status.encode()
 
     def _on_resume(self, _args: dict[str, Any]) -> dict[str, Any]:
-        self._need("paused").resume()
+        machine = self._need("paused")
+        if self._reset_due is None:
+            machine.resume()
         self._set_state("running")
         return self._status.encode()
 
@@ -215,7 +233,8 @@ class Worker:
     def _on_event(self, event: MachineEvent) -> None:
         if self._machine is None or event.generation != self._machine.generation:
             return  # from before a reset
-        log.info("machine event code=%s: %s", event.code, event.message)
+        if self._log_limit.admit() is not None:
+            log.info("machine event code=%s: %s", event.code, event.message)
         if event.code == "boot_timer":
             if self._status.boot_time_us is None:
                 assert self._spec is not None
@@ -240,24 +259,27 @@ class Worker:
         return str(getattr(self._spec, name))
 
     def _on_guest_reset(self, event: MachineEvent, policy: str) -> None:
+        if self._status.state == "crashed":
+            return  # another vCPU was first, and the operator wants to look at it
         if policy == "stop":
             self._end(event.code, event.message)
             return
         assert self._machine is not None
-        self._machine.pause()
+        self._machine.stop()
         self._status = replace(self._status, reason=_reason(event))
         self._reset_due = max(time.monotonic(), self._last_reset + MIN_RESET_INTERVAL_S)
 
     def _crash(self, event: MachineEvent) -> None:
         """Stop the vCPUs and keep everything else as it is, for the operator to look at."""
         assert self._machine is not None
-        self._machine.pause()
+        self._machine.stop()
+        self._reset_due = None
         self._set_state("crashed", _reason(event))
         self._write_last_words()
 
     # --- state
 
-    def _build(self) -> None:
+    def _build(self, *, start: bool = True) -> None:
         assert self._spec is not None
         assert self._fds is not None
         self._machine = Machine(self._spec, self._fds, self.post)
@@ -269,30 +291,35 @@ class Worker:
             selectors.EVENT_READ,
             self._machine.event_loop.dispatch,
         )
-        self._machine.start()
+        if start:
+            self._machine.start()
 
     def _unbuild(self) -> None:
         machine, self._machine = self._machine, None
         if machine is None:
             return
         machine.stop()
-        self._drain_console(machine)
+        while data := machine.serial.read_output():
+            self._console.append(data)
         self._selector.unregister(machine.serial.output.fd)
         self._selector.unregister(machine.event_loop.fileno())
         machine.close()
 
     def _rebuild(self) -> None:
         """Build the machine anew from the same spec and descriptors: a reset."""
-        self._unbuild()
+        self._reset_due = None
         self._last_reset = time.monotonic()
+        is_paused = self._status.state == "paused"
         try:
-            self._build()
+            self._unbuild()
+            os.ftruncate(self._last_words_fd, 0)
+            self._build(start=not is_paused)
         except Exception as err:
             # The border "worker message": after this there is no machine to go back to.
             log.exception("reset failed")
             self._end("reset_failed", f"{type(err).__name__}: {err}")
             return
-        self._set_state("running", self._status.reason)
+        self._set_state("paused" if is_paused else "running", self._status.reason)
 
     def _end(self, code: str, message: str) -> None:
         self._is_done = True
@@ -316,10 +343,10 @@ class Worker:
 
     def _write_last_words(self) -> None:
         """Leave the status for a hosteld that is away right now."""
-        data = json.dumps(self._status.encode()).encode()
+        # Padded, so that one write replaces any earlier words whole.
+        data = json.dumps(self._status.encode()).encode().ljust(LAST_WORDS_BYTES)
         try:
             os.pwrite(self._last_words_fd, data, 0)
-            os.ftruncate(self._last_words_fd, len(data))
         except OSError as err:
             log.error("last words not kept: %s", err)
 
@@ -328,11 +355,8 @@ class Worker:
     def _on_console_output(self) -> None:
         if self._machine is not None:
             self._machine.serial.output.drain()
-            self._drain_console(self._machine)
-
-    def _drain_console(self, machine: Machine) -> None:
-        while data := machine.serial.read_output():
-            self._console.append(data)
+            # One piece a round: what remains signals again, and others get their turn.
+            self._console.append(self._machine.serial.read_output())
 
 
 def _reason(event: MachineEvent) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from devices.errors import BackendError
 from kvm_ffi.blk_engine import (
     MAX_DISCARD_SECTORS,
     MAX_DISCARD_SEGMENTS,
+    MAX_REQUEST_BYTES,
     MAX_WRITE_ZEROES_SECTORS,
     MAX_WRITE_ZEROES_SEGMENTS,
     SECTOR_BYTES,
@@ -31,6 +32,7 @@ from .ids import (
     VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_ID_BLOCK,
 )
@@ -48,6 +50,8 @@ BLKGETSIZE64: Final = 0x80081272
 QUEUE_SIZE: Final = 256
 # A request is a header, its data segments and a status byte, all in one chain.
 SEG_MAX: Final = QUEUE_SIZE - 2
+# So that no request of a driver that keeps to both passes the engine's MAX_REQUEST_BYTES.
+SIZE_MAX_BYTES: Final = MAX_REQUEST_BYTES // QUEUE_SIZE
 BLOCK_BYTES: Final = 512
 
 # struct virtio_blk_config of 5.2.4, up to write_zeroes_may_unmap and its padding:
@@ -98,7 +102,9 @@ class VirtioBlk(EngineDevice):
     DEVICE_ID: ClassVar[int] = VIRTIO_ID_BLOCK
     PCI_CLASS: ClassVar[int] = 0x018000
     QUEUE_SIZES: ClassVar[tuple[int, ...]] = (QUEUE_SIZE,)
-    FEATURES: ClassVar[int] = VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE | VIRTIO_BLK_F_FLUSH
+    FEATURES: ClassVar[int] = (
+        VIRTIO_BLK_F_SIZE_MAX | VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE | VIRTIO_BLK_F_FLUSH
+    )
     WRITE_FEATURES: ClassVar[int] = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
 
     def __init__(
@@ -128,7 +134,7 @@ class VirtioBlk(EngineDevice):
         """Return struct virtio_blk_config."""
         return _CONFIG.pack(
             self._size_sectors,
-            0,
+            SIZE_MAX_BYTES,
             SEG_MAX,
             *(0, 0, 0),
             BLOCK_BYTES,

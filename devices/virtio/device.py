@@ -268,11 +268,15 @@ class EngineDevice(VirtioDevice):
     def reset(self) -> None:
         """Stop the engines and wait for their threads: for the request in hand, no longer."""
         with self._lock:
-            for engine in self._engines:
+            engines, threads = self._engines, self._threads
+            for engine in engines:
                 engine.stop()
-            for thread in self._threads:
-                thread.join()
-            for engine in self._engines:
+        # Not under the lock: a slow disk here must not keep stats() or a pause waiting. The
+        # transport's lock keeps a second reset and an activate away.
+        for thread in threads:
+            thread.join()
+        with self._lock:
+            for engine in engines:
                 self._totals.update(self.engine_stats(engine))
                 engine.close()
             self._engines, self._threads, self._activation = (), (), None

@@ -38,6 +38,7 @@ ISR_CONFIG: Final = 0x2
 NO_VECTOR: Final = 0xFFFF
 
 # 5.2.3 block device.
+VIRTIO_BLK_F_SIZE_MAX: Final = 1 << 1
 VIRTIO_BLK_F_SEG_MAX: Final = 1 << 2
 VIRTIO_BLK_F_RO: Final = 1 << 5
 VIRTIO_BLK_F_BLK_SIZE: Final = 1 << 6

@@ -276,7 +276,11 @@ class VirtioPci(PciFunction):
     def _on_fault(self, epoch: int) -> None:
         reason = self.device.fault_reason()
         with self._lock:
-            if reason is not None and epoch == self._epoch:
+            if epoch != self._epoch:
+                if self._is_active:
+                    # The signal may be the next driver's, drained by a callback of the last one.
+                    self._fault.signal()
+            elif reason is not None:
                 self._need_reset(reason)
 
     def _need_reset(self, reason: str) -> None:

@@ -32,6 +32,7 @@ struct blk_engine {
 	uint64_t size_sectors; /* atomic: another thread may resize the disk */
 	uint32_t fault; /* atomic: enum engine_fault */
 	uint32_t n_staged;
+	bool has_lost_writes; /* a sync failed: nothing is durable any more */
 	uint64_t staged_since_ns;
 	struct iovec iov[VIRTQUEUE_MAX_SIZE];
 };
@@ -131,9 +132,12 @@ static uint8_t host_error(struct blk_engine *engine)
 static uint8_t sync_disk(struct blk_engine *engine)
 {
 	engine_count(&engine->stats.syncs, 1);
-	if (fdatasync(engine->config.disk_fd) < 0)
-		return host_error(engine);
-	return VIRTIO_BLK_S_OK;
+	/* Sticky: Linux reports a failed write-back once and forgets the pages, so a later sync
+	 * that succeeds says nothing about the data that this one lost. */
+	if (!engine->has_lost_writes && fdatasync(engine->config.disk_fd) == 0)
+		return VIRTIO_BLK_S_OK;
+	engine->has_lost_writes = true;
+	return host_error(engine);
 }
 
 /* Every change of the disk ends here: without FLUSH it must be durable when answered
@@ -171,7 +175,7 @@ static uint8_t submit_read(struct blk_engine *engine, struct blk_request *req)
 {
 	uint64_t done;
 
-	if (req->in_len % BLK_SECTOR_BYTES != 0 ||
+	if (req->in_len % BLK_SECTOR_BYTES != 0 || req->in_len > BLK_MAX_REQUEST_BYTES ||
 	    !is_on_disk(engine, req->sector, req->in_len / BLK_SECTOR_BYTES))
 		return VIRTIO_BLK_S_IOERR;
 	done = transfer(engine->config.disk_fd, false, req->in, req->n_in,
@@ -187,6 +191,7 @@ static uint8_t submit_write(struct blk_engine *engine, struct blk_request *req)
 	uint64_t done;
 
 	if (engine->config.is_read_only || req->out_len % BLK_SECTOR_BYTES != 0 ||
+	    req->out_len > BLK_MAX_REQUEST_BYTES ||
 	    !is_on_disk(engine, req->sector, req->out_len / BLK_SECTOR_BYTES))
 		return VIRTIO_BLK_S_IOERR;
 	done = transfer(engine->config.disk_fd, true, req->out, req->n_out,
@@ -347,9 +352,10 @@ static void publish(struct blk_engine *engine)
 }
 
 /* Whether a request may take long: what is staged must not wait for it. */
-static bool is_slow(const struct blk_request *req)
+static bool is_slow(const struct blk_engine *engine, const struct blk_request *req)
 {
 	return (req->type != VIRTIO_BLK_T_IN && req->type != VIRTIO_BLK_T_OUT) ||
+	       (req->type == VIRTIO_BLK_T_OUT && engine->config.is_writethrough) ||
 	       req->out_len >= SLOW_REQUEST_BYTES || req->in_len >= SLOW_REQUEST_BYTES;
 }
 
@@ -379,7 +385,7 @@ int blk_engine_serve(struct blk_engine *engine)
 				got = -EPROTO;
 				break;
 			}
-			if (is_slow(&req))
+			if (is_slow(engine, &req))
 				publish(engine);
 			blk_request_complete(engine, &chain, &req,
 					     blk_request_submit(engine, &req));

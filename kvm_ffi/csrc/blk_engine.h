@@ -23,6 +23,9 @@
 #define BLK_MAX_DISCARD_SECTORS (1u << 22)
 #define BLK_MAX_WRITE_ZEROES_SEGMENTS 1
 #define BLK_MAX_WRITE_ZEROES_SECTORS (1u << 16)
+/* Descriptors may overlap, so a request could be 4 GiB in 64 MiB of RAM, and a quiesce would
+ * wait for it. Honest drivers stay below by the config space's size_max and seg_max. */
+#define BLK_MAX_REQUEST_BYTES (32u << 20)
 #define BLK_SECTOR_BYTES 512u
 #define BLK_SERIAL_BYTES 20u
 /* A file offset is signed. */

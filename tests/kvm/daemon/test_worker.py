@@ -11,6 +11,8 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from daemon import protocol, zygote
+from daemon import protocol
 from daemon.protocol import MachineSpec
 from tests.support import tiny_kernel
 
@@ -31,6 +33,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = Path(__file__).parents[3]
 DEADLINE_S = 20.0
 Json = dict[str, Any]
 
@@ -117,19 +120,22 @@ class Worker:
 
 
 @pytest.fixture
-def handle() -> Iterator[zygote.ZygoteHandle]:
-    """A zygote, ended with all that it forked by the end of the test."""
-    handle = zygote.start()
-    yield handle
-    handle.sock.close()
-    os.waitpid(handle.pid, 0)
+def zygote() -> Iterator[socket.socket]:
+    """The socket to a zygote of the test's own."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    argv = [sys.executable, "-m", "daemon.zygote", "--fd", str(theirs.fileno())]
+    with ours, subprocess.Popen(argv, pass_fds=(theirs.fileno(),), cwd=ROOT) as process:
+        theirs.close()
+        yield ours
+        ours.close()
+        assert process.wait(DEADLINE_S) == 0
 
 
 @pytest.fixture
-def worker(handle: zygote.ZygoteHandle) -> Iterator[Worker]:
+def worker(zygote: socket.socket) -> Iterator[Worker]:
     """A worker that has launched nothing yet."""
     directory = Path(tempfile.mkdtemp(prefix="ht-"))
-    worker = Worker(handle.sock, directory)
+    worker = Worker(zygote, directory)
     pidfd = os.pidfd_open(worker.pid)
     yield worker
     with contextlib.suppress(ProcessLookupError):
@@ -163,13 +169,11 @@ def test_paused_guest_prints_nothing_and_goes_on_when_resumed(worker: Worker) ->
     worker.wait_for_console("x" * (printed + 5))
 
 
-def test_poweroff_ends_the_worker_with_last_words(
-    worker: Worker, handle: zygote.ZygoteHandle
-) -> None:
+def test_poweroff_ends_the_worker_with_last_words(worker: Worker, zygote: socket.socket) -> None:
     worker.launch(tiny_kernel.out(tiny_kernel.SLEEP_CONTROL, tiny_kernel.SLEEP_S5))
     worker.wait_for("stopped", "guest_poweroff")
     assert receive(worker.sock) is None
-    assert receive(handle.sock) == {"notice": "exited", "data": {"pid": worker.pid, "status": 0}}
+    assert receive(zygote) == {"notice": "exited", "data": {"pid": worker.pid, "status": 0}}
     last_words = json.loads((worker.directory / "last_words").read_text())
     assert last_words["reason"]["code"] == "guest_poweroff"
 
@@ -232,10 +236,32 @@ def test_kernel_that_is_none_fails_the_launch_and_not_the_worker(worker: Worker)
     assert worker.ask("status")["state"] == "empty"
 
 
-def test_quit_ends_it_in_good_order(worker: Worker, handle: zygote.ZygoteHandle) -> None:
+def test_pause_while_a_reset_is_due_stays_a_pause(worker: Worker) -> None:
+    reset = tiny_kernel.out(tiny_kernel.I8042_COMMAND, tiny_kernel.I8042_RESET)
+    worker.launch(tiny_kernel.say("a") + reset + tiny_kernel.say("past its reset"))
+    worker.wait_for_console("aa")  # the next reset comes only after a second
+    assert worker.ask("pause")["state"] == "paused"
+    time.sleep(1.2)
+    assert worker.ask("status")["state"] == "paused"
+    assert worker.ask("resume")["state"] == "running"
+    worker.wait_for_console("aaa")
+    assert b"past" not in (worker.directory / "console.log").read_bytes()
+
+
+def test_reset_takes_the_words_of_an_earlier_crash_back(worker: Worker) -> None:
+    # It has a second until its next crash: long enough to look.
+    worker.launch(tiny_kernel.delay(400_000) + tiny_kernel.TRIPLE_FAULT)
+    worker.wait_for("crashed")
+    while not (worker.directory / "last_words").read_bytes():
+        time.sleep(0.005)
+    assert worker.ask("reset")["state"] == "running"
+    assert not (worker.directory / "last_words").read_bytes().strip()
+
+
+def test_quit_ends_it_in_good_order(worker: Worker, zygote: socket.socket) -> None:
     worker.launch(tiny_kernel.SPIN)
     assert worker.ask("quit") == {}
-    assert receive(handle.sock) == {"notice": "exited", "data": {"pid": worker.pid, "status": 0}}
+    assert receive(zygote) == {"notice": "exited", "data": {"pid": worker.pid, "status": 0}}
 
 
 def test_worker_has_no_capabilities_and_only_its_own_descriptors(worker: Worker) -> None:

@@ -106,6 +106,30 @@ def test_spec_with_an_unknown_field_is_refused() -> None:
 
 
 def test_status_survives_the_wire() -> None:
+    why = {"code": "x", "message": "y", "detail": {}}
     status = Status(state="running", vm_id="a", pid=7, boot_time_us=5)
     assert Status.decode(status.encode()) == status
-    assert Status.decode(replace(status, reason={"code": "x"}).encode()).reason == {"code": "x"}
+    assert Status.decode(replace(status, reason=why).encode()).reason == why
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state": 1},
+        {"pid": "7"},
+        {"boot_time_us": "soon"},
+        {"reason": "because"},
+        {"reason": {"code": 1, "message": "", "detail": {}}},
+        {"colour": "red"},
+    ],
+)
+def test_misshapen_status_is_refused(change: dict[str, object]) -> None:
+    status = Status(state="running", vm_id="a", pid=7).encode()
+    with pytest.raises(ProtocolError):
+        Status.decode({**status, **change})
+
+
+def test_deeply_nested_message_is_refused(pair: Pair) -> None:
+    pair[0].send(b"[" * 60_000)
+    with pytest.raises(ProtocolError):
+        protocol.receive(pair[1])

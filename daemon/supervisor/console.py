@@ -134,7 +134,7 @@ def read_log(path: Path, offset: int, limit: int) -> ConsoleChunk:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return ConsoleChunk(max(0, offset), b"", 0)
+        return ConsoleChunk(0, b"", 0)
     try:
         end = os.fstat(fd).st_size
         start = max(0, end + offset) if offset < 0 else min(offset, end)

@@ -27,7 +27,7 @@ class Layout:
     """Where everything lies.
 
     Under ``state``: hostel.db, kernels/, images/, and for each VM vms/<id>/ with console.log,
-    worker.log and disks/. Under ``runtime``: vms/<id>/ with control.sock, last_words and pid.
+    worker.log and disks/. Under ``runtime``: vms/<id>/ with control.sock and last_words.
     """
 
     state: Path

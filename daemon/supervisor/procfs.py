@@ -4,17 +4,14 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import functools
-import json
 import os
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _STARTTIME_FIELD: Final = 22  # of /proc/pid/stat, proc_pid_stat(5), counted from 1
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -36,39 +33,32 @@ class Identity:
     boot_id: str
 
 
+@functools.cache
 def boot_id() -> str:
     """Return the id of this boot of the host."""
-    return _BOOT_ID.read_text().strip()
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def start_ticks(pid: int) -> int | None:
     """Return when a process started, in clock ticks since boot; None when there is none."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return None
-    # The command in field 2 may hold blanks and parentheses; what follows its last ')' is plain.
-    return int(stat.rpartition(")")[2].split()[_STARTTIME_FIELD - 3])
-
-
-def write_identity(path: Path, pid: int) -> None:
-    """Note who a pid is.
-
-    Raises:
-        OSError: the note cannot be written, or the process has gone (ESRCH).
-    """
-    ticks = start_ticks(pid)
-    if ticks is None:
-        raise ProcessLookupError(errno.ESRCH, f"process {pid} has gone")
-    path.write_text(json.dumps(asdict(Identity(pid, ticks, boot_id()))))
-
-
-def read_identity(path: Path) -> Identity | None:
-    """Return a note of write_identity(), None when there is no whole one."""
     try:
-        return Identity(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        stat = os.read(fd, 4096)
+    except ProcessLookupError:
         return None
+    finally:
+        os.close(fd)
+    # The command in field 2 may hold blanks and parentheses; what follows its last ')' is plain.
+    return int(stat.rpartition(b")")[2].split()[_STARTTIME_FIELD - 3])
+
+
+def identify(pid: int) -> Identity | None:
+    """Return who a pid is now; None when there is no such process."""
+    ticks = start_ticks(pid)
+    return None if ticks is None else Identity(pid, ticks, boot_id())
 
 
 def open_if_same(identity: Identity) -> int | None:

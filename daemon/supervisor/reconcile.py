@@ -94,7 +94,8 @@ class Reconciler:
     async def _reconcile(self, entry: VmEntry) -> None:
         name, state = entry.record.name, entry.record.state
         async with entry.lock:
-            worker = await self._pool.find(entry.record.id, STATUS_TIMEOUT_S)
+            known = entry.record.worker
+            worker = await self._pool.find(entry.record.id, known, STATUS_TIMEOUT_S)
             if state in (VmState.CREATING, VmState.DELETING):
                 await self._finish(entry, worker)
             elif state is VmState.STOPPED:
@@ -141,7 +142,11 @@ class Reconciler:
         if entry.record.state in (VmState.STARTING, VmState.STOPPING):
             started_at = entry.record.started_at or now()
             await self._table.record(
-                entry, entry.event("adopted"), state=VmState.RUNNING, started_at=started_at
+                entry,
+                entry.event("adopted"),
+                state=VmState.RUNNING,
+                started_at=started_at,
+                worker=procfs.identify(worker.pid),
             )
         await self._runner.keep_up(entry)
         log.info("worker adopted vm=%s pid=%d state=%s", name, worker.pid, entry.record.state)
@@ -211,7 +216,7 @@ class Reconciler:
 
     async def _end_leftover(self, vm_id: str) -> None:
         """End a worker that no VM of the database stands for."""
-        worker = await self._pool.find(vm_id, STATUS_TIMEOUT_S)
+        worker = await self._pool.find(vm_id, None, STATUS_TIMEOUT_S)
         if worker is not None:
             log.warning("worker without VM is ended id=%s pid=%d", vm_id, worker.pid)
             if await worker.quit() is None:

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from api.models.resources import Kernel
 from api.models.vms import VmState
 
+from .procfs import Identity
 from .store import Statement
 
 OnReboot = Literal["reset", "stop"]
@@ -83,6 +84,8 @@ class VmRecord:
     created_at: datetime
     started_at: datetime | None
     version: int
+    # How a later hosteld recognises the worker when that does not answer on its socket.
+    worker: Identity | None = None
 
     def encode(self) -> str:
         """Return the record as JSON text."""
@@ -99,6 +102,8 @@ class VmRecord:
         if (reason := doc["reason"]) is not None:
             reason["at"] = datetime.fromisoformat(reason["at"])
             doc["reason"] = ReasonRecord(**reason)
+        if doc["worker"] is not None:
+            doc["worker"] = Identity(**doc["worker"])
         doc["disks"] = tuple(DiskRecord(**disk) for disk in doc["disks"])
         doc["nics"] = tuple(NicRecord(**nic) for nic in doc["nics"])
         return cls(**doc)

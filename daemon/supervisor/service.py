@@ -148,7 +148,7 @@ class Supervisor:
         """Change a VM."""
         async with _door(f"change VM {ref}"):
             entry = self._table.get(ref)
-            await self._maker.patch(entry, patch, _request(call))
+            await self._tasks.complete(self._maker.patch(entry, patch, _request(call)), "patch")
             return self._model(entry)
 
     async def delete_vm(self, ref: str, force: bool, call: Call) -> Operation | None:
@@ -195,7 +195,8 @@ class Supervisor:
         """Grow a disk; a running guest is told."""
         async with _door(f"grow disk {disk_id} of VM {ref}"):
             entry = self._table.get(ref)
-            await self._maker.grow_disk(entry, disk_id, patch, _request(call))
+            grow = self._maker.grow_disk(entry, disk_id, patch, _request(call))
+            await self._tasks.complete(grow, "grow disk")
             return self._model(entry)
 
     async def vm_stats(self, ref: str) -> VmStats:
@@ -257,7 +258,7 @@ class Supervisor:
     async def delete_kernel(self, ref: str, call: Call) -> None:
         """Delete a kernel that no VM uses."""
         async with _door(f"delete kernel {ref}"):
-            await self._importer.delete_kernel(ref, call)
+            await self._tasks.complete(self._importer.delete_kernel(ref, call), "delete kernel")
 
     async def list_images(self, query: ListQuery) -> Page[Image]:
         """List images in order of name."""
@@ -289,7 +290,7 @@ class Supervisor:
     async def delete_image(self, ref: str, call: Call) -> None:
         """Delete an image that no VM uses."""
         async with _door(f"delete image {ref}"):
-            await self._importer.delete_image(ref, call)
+            await self._tasks.complete(self._importer.delete_image(ref, call), "delete image")
 
     # --- operations
 

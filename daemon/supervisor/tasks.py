@@ -41,6 +41,15 @@ class Tasks:
         task.add_done_callback(self._on_done)
         return task
 
+    async def complete(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        """Run ``work`` to its end, also when the caller is cancelled meanwhile."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._jobs.add(task)
+        self._tasks.add(task)
+        task.add_done_callback(self._jobs.discard)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
     async def finish(self, grace_s: float) -> None:
         """Wait ``grace_s`` seconds for the jobs, then cancel all that is left."""
         if self._jobs:

@@ -96,7 +96,8 @@ class VmMaker:
                 await self._table.insert(entry, request.actor)
         finally:
             self._table.release(record.name)
-        log.info("vm created vm=%s actor=%s", record.name, request.actor)
+        if not start:
+            log.info("vm created vm=%s actor=%s", record.name, request.actor)
         return to_model(entry, self._library.names())
 
     async def _create_running(self, record: VmRecord, request: Request) -> VmEntry:

@@ -21,7 +21,7 @@ from api.models.vms import StopRequest, VmAction, VmState
 
 from ..errors import WorkerError, WorkerGone
 from ..protocol import MachineSpec, Status
-from . import lifecycle
+from . import lifecycle, procfs
 from .config import Config
 from .endings import judge, reason_of
 from .launch import FdBag, prepare
@@ -48,7 +48,6 @@ _ARRIVALS: Final = {
     VmState.PAUSED: "paused",
     VmState.CRASHED: "crashed",
 }
-_REASON_EVENTS: Final = {"guest_reboot": "reset", "guest_panic": "panicked"}
 _OPS: Final = {
     VmAction.PAUSE: "pause",
     VmAction.RESUME: "resume",
@@ -112,6 +111,7 @@ class VmRunner:
                     reason=None,
                     started_at=None,
                     boot_time_us=None,
+                    worker=None,
                 )
                 await self.launch(entry, spec, bag, intend, request)
 
@@ -163,13 +163,20 @@ class VmRunner:
             except (WorkerError, OSError) as err:
                 await self._fail_start(entry, err, request)
         log.info("vm started vm=%s pid=%d", entry.record.name, worker.pid)
-        await self._table.record(
-            entry,
-            entry.event("started", request.actor),
-            state=VmState.RUNNING,
-            started_at=now(),
-        )
-        await self.keep_up(entry)
+        changes: dict[str, Any] = {
+            "state": VmState.RUNNING,
+            "started_at": now(),
+            "worker": procfs.identify(worker.pid),
+        }
+        events = [entry.event("started", request.actor)]
+        # A tiny guest is up before its launch is answered: one commit for both. What else the
+        # worker has told waits for the lock, in _sync().
+        entry.resets = 0
+        boot_time_us = None if worker.status is None else worker.status.boot_time_us
+        if boot_time_us is not None:
+            changes["boot_time_us"] = boot_time_us
+            events.append(entry.event("booted", boot_time_us=boot_time_us))
+        await self._table.record(entry, *events, **changes)
 
     async def _discard(self, forking: asyncio.Task[Worker]) -> None:
         """End a worker that nobody knows of yet."""
@@ -218,6 +225,7 @@ class VmRunner:
     def watch(self, entry: VmEntry, worker: Worker) -> None:
         """Make a worker a VM's own, and keep up with what it tells and how it ends."""
         entry.worker = worker
+        entry.resets = None if worker.status is None else worker.status.resets
         worker.on_status = lambda _: self._spawn_sync(entry, worker)
         worker.ended.add_done_callback(
             lambda _: self._tasks.spawn(self._on_ended(entry, worker), "vm-ended")
@@ -333,8 +341,6 @@ class VmRunner:
         async with entry.lock:
             self._check(entry, action, request)
             await self.ask(entry, _OPS[action])
-            if action is VmAction.RESET:
-                await self._table.record(entry, entry.event("reset", request.actor))
             await self.keep_up(entry, request.actor)
 
     async def ask(
@@ -381,17 +387,21 @@ class VmRunner:
             actor: who asked for what the worker tells, if someone did.
         """
         status = None if entry.worker is None else entry.worker.status
-        changes = {} if status is None else news(entry.record, status)
-        events: list[NewEvent] = []
-        if not changes:
+        if status is None:
             return
+        changes = news(entry.record, status)
+        events: list[NewEvent] = []
+        if status.resets != entry.resets and entry.resets is not None:
+            events.append(entry.event("reset", actor))
+        entry.resets = status.resets
         if (state := changes.get("state")) is not None:
             events.append(entry.event(_ARRIVALS[state], actor))
-        elif (why := changes.get("reason")) is not None and why.code in _REASON_EVENTS:
-            events.append(entry.event(_REASON_EVENTS[why.code], actor))
+        if (why := changes.get("reason")) is not None and why.code == "guest_panic":
+            events.append(entry.event("panicked"))
         if "boot_time_us" in changes:
             events.append(entry.event("booted", boot_time_us=changes["boot_time_us"]))
-        await self._table.record(entry, *events, **changes)
+        if changes or events:
+            await self._table.record(entry, *events, **changes)
 
     async def settle(
         self,
@@ -425,7 +435,7 @@ class VmRunner:
         events = [entry.event(kind, actor, reason=code, message=message)]
         if entry.record.state is VmState.CRASHED and verdict.state is VmState.CRASHED:
             events = []  # it was told when the guest crashed; now its remains have gone
-        await self._table.record(entry, *events, state=verdict.state, reason=why)
+        await self._table.record(entry, *events, state=verdict.state, reason=why, worker=None)
 
     async def _keep_up_last(self, entry: VmEntry, worker: Worker) -> None:
         """Take over the boot time of a VM whose end came right behind it."""

@@ -44,6 +44,7 @@ class VmEntry:
         lock: held by whatever changes it, for the whole of that.
         worker: its process, while there is one.
         kill_requested: someone has asked for its end; whoever sees it end says "stopped".
+        resets: how many of the worker's resets have been told; None before the first status.
         gone: set when it has been deleted.
         unsaved: events that the database could not take yet; None when all is kept.
     """
@@ -52,6 +53,7 @@ class VmEntry:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     worker: Worker | None = None
     kill_requested: bool = False
+    resets: int | None = None
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     unsaved: list[NewEvent] | None = None
 

@@ -3,8 +3,8 @@
 """Workers as hosteld sees them: spawned or adopted, asked, watched, and gone.
 
 A worker outlives hosteld, so all that is needed to find it again lies in its runtime directory:
-control.sock to talk to it, pid (pid, start time and boot) to recognise it when it does not talk,
-last_words to learn how it ended.
+control.sock to talk to it, last_words to learn how it ended. When it does not talk, it is
+recognised by what the database notes of it: pid, start time and boot.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ REAP_INTERVAL_S: Final = 0.02
 KILL_TIMEOUT_S: Final = 15.0
 QUIT_TIMEOUT_S: Final = 2.0
 LISTEN_BACKLOG: Final = 8
+# sockaddr_un.sun_path without its terminating NUL: unix(7).
+MAX_SOCKET_PATH: Final = 107
 _DEAF: Final = Handlers(lambda *_: None, lambda *_: None, lambda: None)
 
 
@@ -246,7 +248,6 @@ class WorkerPool:
             forked = await self.zygote.fork(vm_id, fds)
         worker = Worker(vm_id, forked, self._layout, self)
         try:
-            procfs.write_identity(runtime / "pid", forked.pid)
             worker.attach(connect(runtime))
         except OSError as err:
             worker.kill()
@@ -266,16 +267,23 @@ class WorkerPool:
         finally:
             channel.close()
 
-    async def find(self, vm_id: str, timeout_s: float) -> Worker | None:
+    async def find(
+        self, vm_id: str, known: procfs.Identity | None, timeout_s: float
+    ) -> Worker | None:
         """Find the worker of an earlier hosteld; None when there is none that lives.
 
         A worker that lives but does not answer is returned without a status: reported, not killed.
+
+        Args:
+            vm_id: of the VM.
+            known: what the database notes of the worker.
+            timeout_s: how long it has to answer.
         """
         runtime = self._layout.vm_runtime(vm_id)
         try:
             sock = connect(runtime)
         except BlockingIOError:
-            return self._find_by_pid(vm_id)  # nobody accepts: it lives, and hangs
+            return self._find_by_pid(vm_id, known)  # nobody accepts: it lives, and hangs
         except OSError:
             # Nobody holds the socket, so no worker runs, unless it has not come to listen: the
             # socket listens before the fork.
@@ -285,14 +293,14 @@ class WorkerPool:
             forked = None if pid is None else Forked(pid, os.pidfd_open(pid))
         except OSError:
             forked = None
-        worker = self._find_by_pid(vm_id) if forked is None else self._adopt(vm_id, forked)
+        worker = self._find_by_pid(vm_id, known) if forked is None else self._adopt(vm_id, forked)
         if worker is not None:
             # An answer with the same pid after its pidfd was opened: the pidfd is the answerer's.
             with contextlib.suppress(WorkerError):
                 await worker.request("status", timeout_s=timeout_s)
             if worker.status is not None and worker.status.pid != worker.pid:
                 worker.release()
-                worker = self._find_by_pid(vm_id)
+                worker = self._find_by_pid(vm_id, known)
         return worker
 
     async def _ask_pid(self, vm_id: str, sock: socket.socket, timeout_s: float) -> int | None:
@@ -314,21 +322,31 @@ class WorkerPool:
             log.warning("worker cannot be reached vm=%s error=%s", vm_id, err)
         return worker
 
-    def _find_by_pid(self, vm_id: str) -> Worker | None:
-        identity = procfs.read_identity(self._layout.vm_runtime(vm_id) / "pid")
-        pidfd = procfs.open_if_same(identity) if identity is not None else None
-        if identity is None or pidfd is None:
+    def _find_by_pid(self, vm_id: str, known: procfs.Identity | None) -> Worker | None:
+        pidfd = None if known is None else procfs.open_if_same(known)
+        if known is None or pidfd is None:
             return None
-        return self._adopt(vm_id, Forked(identity.pid, pidfd))
+        return self._adopt(vm_id, Forked(known.pid, pidfd))
 
     def forget(self, vm_id: str) -> None:
         """Remove what a dead worker left in the runtime directory."""
-        shutil.rmtree(self._layout.vm_runtime(vm_id), ignore_errors=True)
+        runtime = self._layout.vm_runtime(vm_id)
+        try:
+            connect(runtime).close()
+        except OSError:
+            # As it should be: nobody holds the socket any more.
+            shutil.rmtree(runtime, ignore_errors=True)
+            return
+        log.error("a worker that nobody knows holds a control socket, kept path=%s", runtime)
 
 
 @contextlib.contextmanager
 def _short_path(directory: Path) -> Iterator[str]:
-    """Yield a name of control.sock that fits sockaddr_un (107 bytes) however deep it lies."""
+    """Yield a name of control.sock that fits sockaddr_un however deep it lies."""
+    path = f"{directory}/control.sock"
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
+        yield path
+        return
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/control.sock"
@@ -342,7 +360,8 @@ def listen(runtime: Path) -> socket.socket:
     Raises:
         OSError: as bind(2).
     """
-    (runtime / "control.sock").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{runtime}/control.sock")  # noqa: PTH108 - see open_logs()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         with _short_path(runtime) as path:
@@ -377,14 +396,16 @@ def open_logs(layout: Layout, vm_id: str, stack: contextlib.ExitStack) -> tuple[
     Raises:
         OSError: no space, for one.
     """
-    state = layout.vm_state(vm_id)
-    state.mkdir(mode=0o700, exist_ok=True)
+    # Strings and not Paths: on the way of every start, Paths cost more than the system calls.
+    state = str(layout.vm_state(vm_id))
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(state, 0o700)  # noqa: PTH102
     append = os.O_RDWR | os.O_APPEND
     fds = []
     for path, flags in (
-        (state / "console.log", append),
-        (state / "worker.log", append),
-        (layout.vm_runtime(vm_id) / "last_words", os.O_RDWR | os.O_TRUNC),
+        (f"{state}/console.log", append),
+        (f"{state}/worker.log", append),
+        (f"{layout.vm_runtime(vm_id)}/last_words", os.O_RDWR | os.O_TRUNC),
     ):
         fds.append(os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         stack.callback(os.close, fds[-1])

@@ -35,7 +35,10 @@ AFTER_LAUNCH: dict[str, dict[str, Any]] = {
         "reason": {"code": "triple_fault", "message": "the guest fell over", "detail": {"rip": 16}},
     },
     "panicked": {"reason": {"code": "guest_panic", "message": "the guest panicked", "detail": {}}},
-    "rebooted": {"reason": {"code": "guest_reboot", "message": "it rebooted", "detail": {}}},
+    "rebooted": {
+        "reason": {"code": "guest_reboot", "message": "it rebooted", "detail": {}},
+        "resets": 1,
+    },
 }
 
 
@@ -80,7 +83,7 @@ class FakeWorker:
     def answer(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         states = {"launch": "running", "pause": "paused", "resume": "running", "reset": "running"}
         if op in states:
-            self.tell(state=states[op])
+            self.tell(state=states[op], resets=self.status.resets + (op == "reset"))
         elif op == "power_button" and "ignore-button" not in self.moods:
             self.end("guest_poweroff", "the guest powered itself off")
         elif op == "quit":

@@ -10,40 +10,28 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from daemon.supervisor import procfs
 
 
-def test_a_process_is_recognised_by_its_note(tmp_path: Path) -> None:
-    procfs.write_identity(tmp_path / "pid", os.getpid())
-    identity = procfs.read_identity(tmp_path / "pid")
+def test_a_process_is_recognised_again() -> None:
+    identity = procfs.identify(os.getpid())
     assert identity is not None
     pidfd = procfs.open_if_same(identity)
     assert pidfd is not None
     os.close(pidfd)
 
 
-def test_a_process_that_started_later_or_in_another_boot_is_another(tmp_path: Path) -> None:
-    procfs.write_identity(tmp_path / "pid", os.getpid())
-    identity = procfs.read_identity(tmp_path / "pid")
+def test_a_process_that_started_later_or_in_another_boot_is_another() -> None:
+    identity = procfs.identify(os.getpid())
     assert identity is not None
     assert procfs.open_if_same(replace(identity, start_ticks=1)) is None
     assert procfs.open_if_same(replace(identity, boot_id="x")) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
-def test_a_note_that_is_not_whole_is_none(tmp_path: Path, text: str) -> None:
-    (tmp_path / "pid").write_text(text)
-    assert procfs.read_identity(tmp_path / "pid") is None
-    assert procfs.read_identity(tmp_path / "missing") is None
-
-
-def test_a_process_that_has_gone_cannot_be_noted_or_found(tmp_path: Path) -> None:
+def test_a_process_that_has_gone_is_nobody() -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    with pytest.raises(ProcessLookupError):
-        procfs.write_identity(tmp_path / "pid", done.pid)
+    assert procfs.identify(done.pid) is None
     assert procfs.rss_bytes(done.pid) == 0
 
 

@@ -192,7 +192,18 @@ def test_a_reboot_of_the_guest_is_an_event(harness: Harness) -> None:
     async def scenario(supervisor: Supervisor) -> None:
         await harness.start("a", "rebooted")
         await harness.until("a", lambda vm: vm.reason is not None)
-        assert "vm.reset" in await harness.event_types()
+        assert (await harness.event_types()).count("vm.reset") == 1
+
+    harness.run(scenario)
+
+
+def test_every_reset_is_an_event(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a")
+        for _ in range(2):
+            assert (await harness.act(VmAction.RESET)).state is VmState.RUNNING
+        events = await supervisor.list_events(0, 100)
+        assert [e.actor for e in events if e.type == "vm.reset"] == ["test", "test"]
 
     harness.run(scenario)
 

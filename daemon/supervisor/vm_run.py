@@ -203,7 +203,7 @@ class VmRunner:
             if not isinstance(err, WorkerGone):
                 worker.kill()
             ending = await worker.wait_ended(KILL_TIMEOUT_S)
-        entry.worker, entry.kill_requested = None, False
+        entry.kill_requested = False
         self._pool.forget(entry.record.id)
         why = reason("start_failed", f"it did not start: {err}")
         state = VmState.STOPPED
@@ -213,6 +213,7 @@ class VmRunner:
         log.warning("vm start failed vm=%s error=%s", entry.record.name, err)
         event = entry.event("start_failed", request.actor, code=why.code, message=why.message)
         await self._table.record(entry, event, state=state, reason=None if was_killed else why)
+        entry.worker = None
         if was_killed:
             raise Conflict(
                 "killed",
@@ -416,7 +417,7 @@ class VmRunner:
         """Take note of a worker's end; the caller holds the lock."""
         await self._keep_up_last(entry, worker)
         verdict = judge(ending, was_killed=entry.kill_requested)
-        entry.worker, entry.kill_requested = None, False
+        entry.kill_requested = False
         self._pool.forget(entry.record.id)
         why = forced or verdict.reason
         if asked and forced is None and verdict.state is VmState.STOPPED:
@@ -436,6 +437,8 @@ class VmRunner:
         if entry.record.state is VmState.CRASHED and verdict.state is VmState.CRASHED:
             events = []  # it was told when the guest crashed; now its remains have gone
         await self._table.record(entry, *events, state=verdict.state, reason=why, worker=None)
+        # Not before: nobody may see a VM that runs without a process.
+        entry.worker = None
 
     async def _keep_up_last(self, entry: VmEntry, worker: Worker) -> None:
         """Take over the boot time of a VM whose end came right behind it."""

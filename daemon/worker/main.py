@@ -319,6 +319,7 @@ class Worker:
             log.exception("reset failed")
             self._end("reset_failed", f"{type(err).__name__}: {err}")
             return
+        self._status = replace(self._status, resets=self._status.resets + 1)
         self._set_state("paused" if is_paused else "running", self._status.reason)
 
     def _end(self, code: str, message: str) -> None:

@@ -265,9 +265,10 @@ def main(kvm_device: str, state_dir: Path, *, as_json: bool, write: Callable[[st
         checks = [check.model_dump() for check in findings.checks]
         write(json.dumps({"tier": findings.tier, "checks": checks}, indent=2) + "\n")
     else:
+        lines = []
         for check in findings.checks:
-            write(f"{check.status:8} {check.name:17} {check.detail}\n")
+            lines.append(f"{check.status:8} {check.name:17} {check.detail}\n")
             if check.remedy:
-                write(f"{'':26} -> {check.remedy}\n")
-        write(f"tier: {findings.tier}\n")
+                lines.append(f"{'':26} -> {check.remedy}\n")
+        write("".join([*lines, f"tier: {findings.tier}\n"]))
     return int(any(check.status == "missing" for check in findings.checks))

@@ -121,7 +121,7 @@ class Store:
             raise _open_error(path, err) from err
         self._untrimmed = TRIM_EVERY
         self._reader = ThreadPoolExecutor(1, "store-read")
-        self._writer = threading.Thread(target=self._run, name="store-write")
+        self._writer = threading.Thread(target=self._run, name="store-write", daemon=True)
         self._writer.start()
 
     @property

@@ -89,9 +89,10 @@ def build(out: Path) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with (out.parent / f".{out.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        sources = Sources(kernel_tree(KERNEL_PACKAGE, default_cache() / "kernels"), _busybox())
+        kernel = kernel_tree(KERNEL_PACKAGE, default_cache() / "kernels")
+        sources = Sources(kernel, tools.static_busybox())
         stamp = sources.stamp()
-        manifest = _manifest_of(out)
+        manifest = read_manifest(out)
         if manifest is not None and manifest["stamp"] == stamp:
             return manifest
         if manifest is None and out.exists() and any(out.iterdir()):
@@ -106,23 +107,25 @@ def build(out: Path) -> dict[str, Any]:
     return manifest
 
 
-def _busybox() -> Path:
-    return tools.static_busybox()
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """Return the manifest in `out`, without its stamp if a file that it names is not there in full.
 
+    Returns:
+        None if there is no manifest.
 
-def _manifest_of(out: Path) -> dict[str, Any] | None:
-    """Return the manifest if all files that it names are there in full."""
+    Raises:
+        LabError: it is not readable.
+    """
     try:
         manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
-        sizes = {name: (out / name).stat().st_size for name in FILES}
-        if sizes == {name: manifest["files"][name]["size_bytes"] for name in FILES}:
-            return manifest
-        # Ours, but damaged: to be built again.
-        return manifest | {"stamp": ""}
+        expected = {name: manifest["files"][name]["size_bytes"] for name in FILES}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as err:
         raise LabError(f"{out / 'manifest.json'}: not readable ({err}): remove {out}") from err
+    files = [out / name for name in FILES]
+    sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
+    return manifest if sizes == expected else manifest | {"stamp": ""}
 
 
 def _fill(out: Path, scratch: Path, sources: Sources, stamp: str) -> dict[str, Any]:

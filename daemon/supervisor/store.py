@@ -196,8 +196,11 @@ class Store:
         outcomes = [_Outcome(pending, []) for pending in group]
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            for outcome in outcomes:
-                self._write_one(outcome)
+            if len(outcomes) == 1:
+                self._apply(outcomes[0])
+            else:
+                for outcome in outcomes:
+                    self._apply_alone(outcome)
             self._trim_events(sum(len(outcome.events) for outcome in outcomes))
             self._db.execute("COMMIT")
         except sqlite3.Error as err:
@@ -209,14 +212,17 @@ class Store:
                 outcome.events, outcome.error = [], error
         return outcomes
 
-    def _write_one(self, outcome: _Outcome) -> None:
-        """Run one change inside a savepoint; a refused constraint stays its own affair."""
+    def _apply(self, outcome: _Outcome) -> None:
         change = outcome.pending.change
+        for statement in change.statements:
+            self._db.execute(statement.sql, statement.params)
+        outcome.events = [self._insert_event(event) for event in change.events]
+
+    def _apply_alone(self, outcome: _Outcome) -> None:
+        """Run one change of several inside a savepoint; a refused constraint is its own affair."""
         self._db.execute("SAVEPOINT change")
         try:
-            for statement in change.statements:
-                self._db.execute(statement.sql, statement.params)
-            outcome.events = [self._insert_event(event) for event in change.events]
+            self._apply(outcome)
         except sqlite3.IntegrityError as err:
             self._db.execute("ROLLBACK TO change")
             outcome.events, outcome.error = [], err

@@ -81,6 +81,7 @@ class Zygote:
     def run(self) -> None:
         """Import the worker, freeze the heap, then serve."""
         from .worker import main as worker_main
+        from .worker.warm_up import warm_up
 
         self._worker_main = worker_main.run
         os.setsid()
@@ -93,6 +94,7 @@ class Zygote:
         for end in (self._wake_read, self._wake_write):
             end.setblocking(False)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        self._facts = warm_up()
         # Collected once, then out of the collector's sight: a collection in a worker would write to
         # every object's header and so unshare the zygote's pages.
         gc.collect()
@@ -166,7 +168,7 @@ class Zygote:
             selector.close()
             for sock in (self._sock, self._wake_read, self._wake_write):
                 sock.close()
-            status = self._worker_main(vm_id, fds)
+            status = self._worker_main(vm_id, fds, self._facts)
         except Exception:
             # The border of the process: the traceback goes to the worker's own log.
             logging.getLogger("daemon.worker").exception("worker failed vm=%s", vm_id)

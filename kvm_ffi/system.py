@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from ._kvm import lib
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
 _MAX_CPUID_ENTRIES: Final = 256  # KVM_MAX_CPUID_ENTRIES, which is not in the UAPI headers
 
 
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What /dev/kvm says about host and kernel, the same for every VM."""
+
+    capabilities: Capabilities
+    supported_cpuid: tuple[CpuidEntry, ...]
+
+
 class Kvm:
     """The system descriptor.
 
     Args:
         fd: an open /dev/kvm; this object closes it.
+        facts: what an earlier one found on this host, so as not to ask again; None asks.
 
     Raises:
         KvmError: the descriptor is not a KVM device.
@@ -36,9 +46,10 @@ class Kvm:
     Source: Linux Documentation/virt/kvm/api.rst 4.1-4.5, 4.46.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, facts: HostFacts | None = None) -> None:
         self.fd = fd
-        self.capabilities = Capabilities.probe(fd)
+        self._facts = facts
+        self.capabilities = Capabilities.probe(fd) if facts is None else facts.capabilities
         if self.capabilities.api_version != lib.KVM_API_VERSION:
             raise HostError(
                 f"KVM API version {self.capabilities.api_version}: must be {lib.KVM_API_VERSION}"
@@ -79,12 +90,22 @@ class Kvm:
         Raises:
             KvmError: the host refused.
         """
+        if self._facts is not None:
+            return list(self._facts.supported_cpuid)
         _memory, header, entries = new_array(
             "struct kvm_cpuid2", "struct kvm_cpuid_entry2", _MAX_CPUID_ENTRIES
         )
         header.nent = _MAX_CPUID_ENTRIES
         ioctl_ptr(self.fd, "KVM_GET_SUPPORTED_CPUID", header)
         return [cpuid_from_c(entries[i]) for i in range(header.nent)]
+
+    def facts(self) -> HostFacts:
+        """What a later Kvm of this host need not ask again.
+
+        Raises:
+            KvmError: the host refused.
+        """
+        return HostFacts(self.capabilities, tuple(self.supported_cpuid()))
 
     def msr_index_list(self) -> list[int]:
         """The MSRs that make up a vCPU's state: what a snapshot saves.

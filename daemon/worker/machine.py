@@ -36,7 +36,7 @@ from kvm_ffi.errors import KvmError
 from kvm_ffi.exits import ExitTable
 from kvm_ffi.irq_routing import IrqRouter
 from kvm_ffi.memory import GuestMemory
-from kvm_ffi.system import Kvm
+from kvm_ffi.system import HostFacts, Kvm
 from kvm_ffi.types import Gpa
 from kvm_ffi.vcpu import Vcpu
 
@@ -96,6 +96,7 @@ class Machine:
 
     Args:
         post: told of every MachineEvent, on any thread.
+        facts: of this host, where they are known; None asks /dev/kvm.
 
     Raises:
         KvmError, OSError, BootError: it cannot be built; nothing is left behind.
@@ -104,17 +105,27 @@ class Machine:
     """
 
     def __init__(
-        self, spec: MachineSpec, fds: MachineFds, post: Callable[[MachineEvent], None]
+        self,
+        spec: MachineSpec,
+        fds: MachineFds,
+        post: Callable[[MachineEvent], None],
+        facts: HostFacts | None = None,
     ) -> None:
         self.generation = next(_generations)
         self._post = post
         self._virtio: dict[str, VirtioDevice] = {}
         with contextlib.ExitStack() as stack:
-            self._build(spec, fds, stack)
+            self._build(spec, fds, facts, stack)
             self._stack = stack.pop_all()
 
-    def _build(self, spec: MachineSpec, fds: MachineFds, stack: contextlib.ExitStack) -> None:
-        kvm = Kvm(os.dup(fds[spec.kvm_fd]))
+    def _build(
+        self,
+        spec: MachineSpec,
+        fds: MachineFds,
+        facts: HostFacts | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        kvm = Kvm(os.dup(fds[spec.kvm_fd]), facts)
         stack.callback(kvm.close)
         self._vm = vm = kvm.create_vm()
         stack.callback(vm.close)

@@ -26,6 +26,7 @@ from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.host_process import drop_privileges, keep_heap_small, name_thread
+from kvm_ffi.system import HostFacts
 from kvm_ffi.vcpu import install_kick_signal
 
 from .. import protocol
@@ -44,11 +45,12 @@ MIN_RESET_INTERVAL_S: Final = 1.0
 LAST_WORDS_BYTES: Final = 4096
 
 
-def run(vm_id: str, fds: tuple[int, ...]) -> int:
+def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None) -> int:
     """Be a worker until its VM ends; returns the process's exit status.
 
     Args:
         fds: listener, console, log and last_words, as protocol.py says; owned from here on.
+        facts: what the zygote found out about this host, or None.
     """
     listener_fd, console_fd, log_fd, last_words_fd = fds
     os.dup2(log_fd, 1)
@@ -64,7 +66,7 @@ def run(vm_id: str, fds: tuple[int, ...]) -> int:
     install_kick_signal()
     name_thread(f"vm-{vm_id}")
     with selectors.DefaultSelector() as selector:
-        worker = Worker(vm_id, selector, console_fd, last_words_fd)
+        worker = Worker(vm_id, selector, console_fd, last_words_fd, facts)
         control = ControlServer(socket.socket(fileno=listener_fd), selector, worker.handle)
         worker.serve(control)
         control.close()
@@ -78,9 +80,15 @@ class Worker:
     """
 
     def __init__(
-        self, vm_id: str, selector: selectors.BaseSelector, console_fd: int, last_words_fd: int
+        self,
+        vm_id: str,
+        selector: selectors.BaseSelector,
+        console_fd: int,
+        last_words_fd: int,
+        facts: HostFacts | None,
     ) -> None:
         self._selector = selector
+        self._facts = facts
         self._console = ConsoleLog(console_fd)
         self._last_words_fd = last_words_fd
         self._machine: Machine | None = None
@@ -282,7 +290,7 @@ class Worker:
     def _build(self, *, start: bool = True) -> None:
         assert self._spec is not None
         assert self._fds is not None
-        self._machine = Machine(self._spec, self._fds, self.post)
+        self._machine = Machine(self._spec, self._fds, self.post, self._facts)
         self._selector.register(
             self._machine.serial.output.fd, selectors.EVENT_READ, self._on_console_output
         )

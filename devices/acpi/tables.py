@@ -10,6 +10,7 @@ Source: ACPI 6.4, section 5.2; PCI Firmware 3.2, 4.1.2 (MCFG).
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -53,8 +54,12 @@ class AcpiTables:
     blobs: tuple[tuple[int, bytes], ...]
 
 
+@functools.lru_cache(maxsize=8)
 def build_tables(config: AcpiConfig) -> AcpiTables:
     """Build and place every table, from ``config.rsdp_gpa`` upwards.
+
+    Kept: few shapes of machines make up most, and a zygote that has built one has built it for all
+    of its workers.
 
     Raises:
         ValueError: the tables do not fit below ``config.tables_end``.

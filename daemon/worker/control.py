@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import selectors
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from .. import protocol
 from ..errors import ProtocolError, WorkerError
@@ -16,6 +17,10 @@ from ..errors import ProtocolError, WorkerError
 log = logging.getLogger(__name__)
 
 Handler = Callable[[str, dict[str, Any], tuple[int, ...]], dict[str, Any]]
+
+# A hosteld that is slow to read gets this many messages later; one that does not read at all is
+# hung up on, and asks for the status when it comes back.
+MAX_UNSENT: Final = 256
 
 
 class ControlServer:
@@ -38,6 +43,7 @@ class ControlServer:
         self._selector = selector
         self._handler = handler
         self._peer: socket.socket | None = None
+        self._unsent: collections.deque[dict[str, Any]] = collections.deque()
         listener.setblocking(False)
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
@@ -101,17 +107,42 @@ class ControlServer:
     def _send(self, body: dict[str, Any]) -> None:
         if self._peer is None:
             return
-        try:
-            protocol.send(self._peer, body)
-        except OSError as err:
-            log.warning("control connection dropped: %s", err)
+        if len(self._unsent) >= MAX_UNSENT:
+            log.warning("control connection dropped: hosteld does not read")
             self._hang_up()
+            return
+        self._unsent.append(body)
+        if len(self._unsent) == 1:
+            self._flush()
+            if self._unsent and self._peer is not None:
+                both = selectors.EVENT_READ | selectors.EVENT_WRITE
+                self._selector.modify(self._peer, both, self._flush_and_serve)
+
+    def _flush(self) -> None:
+        """Send what waits, as far as the socket takes it."""
+        while self._unsent and self._peer is not None:
+            try:
+                protocol.send(self._peer, self._unsent[0])
+            except BlockingIOError:
+                return
+            except OSError as err:
+                log.warning("control connection dropped: %s", err)
+                self._hang_up()
+                return
+            self._unsent.popleft()
+
+    def _flush_and_serve(self) -> None:
+        self._flush()
+        if self._peer is not None and not self._unsent:
+            self._selector.modify(self._peer, selectors.EVENT_READ, self._serve)
+        self._serve()
 
     def _hang_up(self) -> None:
         if self._peer is not None:
             self._selector.unregister(self._peer)
             self._peer.close()
             self._peer = None
+            self._unsent.clear()
 
 
 def _error(request_id: object, code: str, message: str) -> dict[str, Any]:

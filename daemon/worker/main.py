@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # A guest that resets itself at once after each start costs the host this often, no more.
 MIN_RESET_INTERVAL_S: Final = 1.0
+# hosteld may have given up, or died, between its fork and its launch.
+LAUNCH_TIMEOUT_S: Final = 60.0
 # More than any status takes.
 LAST_WORDS_BYTES: Final = 4096
 
@@ -120,16 +122,21 @@ class Worker:
         """Run the main loop until the VM has ended."""
         self._control = control
         self._selector.register(self._events_ready.fd, selectors.EVENT_READ, self._on_events)
+        launch_due = time.monotonic() + LAUNCH_TIMEOUT_S
         while not self._is_done:
             timeout = None
             if self._reset_due is not None:
                 timeout = max(0.0, self._reset_due - time.monotonic())
+            elif self._status.state == "empty":
+                timeout = max(0.0, launch_due - time.monotonic())
             for key, _ in self._selector.select(timeout):
                 # One callback may take away what a later one of the same round stands for.
                 if self._selector.get_map().get(key.fd) is key:
                     self._call(key.data)
             if self._reset_due is not None and time.monotonic() >= self._reset_due:
                 self._rebuild()
+            if self._status.state == "empty" and time.monotonic() >= launch_due:
+                self._end("never_launched", "nobody launched a VM in it")
         self._teardown()
 
     def _call(self, callback: Callable[[], object]) -> None:

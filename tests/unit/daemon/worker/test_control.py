@@ -115,6 +115,20 @@ def test_misshapen_request_is_refused_and_its_descriptors_closed(
     assert message.body["error"]["code"] == "bad_request"
 
 
+def test_hosteld_that_is_slow_to_read_loses_nothing(worker: Worker) -> None:
+    with worker.connect() as sock:
+        for number in range(200):
+            worker.server.notify("state", {"number": number, "x": "y" * 2000})
+        seen = []
+        while len(seen) < 200:
+            message = protocol.receive(sock)
+            assert message is not None
+            seen.append(message.body["data"]["number"])
+            worker.step()
+        assert seen == list(range(200))
+        assert worker.ask(sock, {"id": 1, "op": "echo"}) == {"id": 1, "ok": {"op": "echo"}}
+
+
 def test_hosteld_that_does_not_read_is_hung_up_on(worker: Worker) -> None:
     with worker.connect() as sock:
         for _ in range(10_000):

@@ -80,6 +80,8 @@ class Zygote:
 
     def run(self) -> None:
         """Import the worker, freeze the heap, then serve."""
+        from kvm_ffi.host_process import keep_heap_small
+
         from .worker import main as worker_main
         from .worker.warm_up import warm_up
 
@@ -98,6 +100,7 @@ class Zygote:
         # Collected once, then out of the collector's sight: a collection in a worker would write to
         # every object's header and so unshare the zygote's pages.
         gc.collect()
+        keep_heap_small()
         gc.freeze()
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)

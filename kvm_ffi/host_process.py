@@ -26,9 +26,9 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 
 
 def keep_heap_small() -> None:
-    """Make malloc use one arena for all threads; call before the first thread.
+    """Give free heap back, and have malloc use one arena for all threads; before the first thread.
 
-    Source: mallopt(3), M_ARENA_MAX.
+    Source: mallopt(3), M_ARENA_MAX; malloc_trim(3).
     """
     _check(lib.host_keep_heap_small())
 

@@ -25,7 +25,7 @@ from typing import Any, Final
 from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
-from kvm_ffi.host_process import drop_privileges, keep_heap_small, name_thread
+from kvm_ffi.host_process import drop_privileges, name_thread
 from kvm_ffi.system import HostFacts
 from kvm_ffi.vcpu import install_kick_signal
 
@@ -63,7 +63,6 @@ def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None) -> int:
     )
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    keep_heap_small()
     drop_privileges()
     install_kick_signal()
     name_thread(f"vm-{vm_id}")

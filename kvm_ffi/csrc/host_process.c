@@ -28,6 +28,7 @@ int host_keep_heap_small(void)
 	 */
 	if (!mallopt(M_ARENA_MAX, 1) || !mallopt(M_TRIM_THRESHOLD, 64 * 1024))
 		return -EINVAL;
+	malloc_trim(0);
 	return 0;
 }
 

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
+from starlette.exceptions import WebSocketException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -210,7 +211,7 @@ async def run_socket(
     websocket: WebSocket,
     followers: Followers,
     feed: Coroutine[Any, Any, None],
-    listen: Coroutine[Any, Any, None],
+    *others: Coroutine[Any, Any, None],
 ) -> None:
     """Run an accepted WebSocket until its source, its client or the daemon ends it.
 
@@ -218,15 +219,16 @@ async def run_socket(
         websocket: accepted.
         followers: tells when the daemon stops.
         feed: sends; its end closes the socket normally.
-        listen: receives; it raises WebSocketDisconnect when the client goes.
+        others: one receives, and raises WebSocketDisconnect when the client goes; what one of
+            them raises ends them all.
     """
-    sender, receiver = asyncio.create_task(feed), asyncio.create_task(listen)
+    workers = [asyncio.create_task(work) for work in (feed, *others)]
     stop = asyncio.create_task(followers.stopping.wait())
     try:
-        done, _ = await asyncio.wait({sender, receiver, stop}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({*workers, stop}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        finished = [task for task in (sender, receiver) if task.done() and not task.cancelled()]
-        await _cancel(*(task for task in (sender, receiver, stop) if not task.done()))
+        finished = [task for task in workers if task.done() and not task.cancelled()]
+        await _cancel(*(task for task in (*workers, stop) if not task.done()))
     errors = [err for task in finished if (err := task.exception()) is not None]
     if stop in done and not errors:
         await close_socket(websocket, CLOSE_RESTART, "the daemon is stopping; connect again")
@@ -244,6 +246,9 @@ async def _close_for(websocket: WebSocket, errors: list[BaseException]) -> None:
         cut(CLOSE_TOO_SLOW, TOO_SLOW)
         return
     for err in errors:
+        if isinstance(err, WebSocketException):
+            await close_socket(websocket, err.code, err.reason)
+            return
         if not isinstance(err, ApiError):
             raise err
         await close_socket(websocket, CLOSE_ERROR_BASE + err.status, err.detail)

@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Final
 
 from fastapi import Query, WebSocket
+from starlette.exceptions import WebSocketException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
@@ -35,6 +36,14 @@ MAX_INPUT_BYTES: Final = 64 * 1024
 RECENT_BYTES: Final = 16 * 1024
 # While the guest does not read its input; its UART has no way to call us.
 INPUT_RETRY_S: Final = 0.02
+MAX_INPUT_RETRY_S: Final = 1.0
+# What one attached client may have typed ahead of a guest that does not read.
+MAX_PENDING_BYTES: Final = 256 * 1024
+# RFC 6455, 7.4.1.
+CLOSE_TOO_BIG: Final = 1009
+TOO_MUCH_TYPED: Final = (
+    f"the guest does not read its console: at most {MAX_PENDING_BYTES} bytes may wait for it"
+)
 
 _OFFSET_HEADERS: Final = {
     name: {"description": text, "schema": {"type": "integer"}}
@@ -150,7 +159,9 @@ async def attach_console(websocket: WebSocket, vm: VmPath, offset: int | None = 
         first = await service.read_console(vm, start, RECENT_BYTES)
         await websocket.accept()
         feed = _send_output(websocket, _follow_log(service, vm, first))
-        await run_socket(websocket, followers, feed, _take_input(websocket, service, vm))
+        typed = _Typed()
+        listen = typed.receive(websocket)
+        await run_socket(websocket, followers, feed, listen, typed.type_into(service, vm))
 
 
 async def _send_output(websocket: WebSocket, source: AsyncIterator[bytes]) -> None:
@@ -161,15 +172,47 @@ async def _send_output(websocket: WebSocket, source: AsyncIterator[bytes]) -> No
         await close_source(source)
 
 
-async def _take_input(websocket: WebSocket, service: HostelService, vm: str) -> None:
-    """Type what the client sends; the next frame is read when the guest has taken this one."""
+class _Typed:
+    """What a client has typed and the guest has not taken yet: bounded."""
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+        self._has_some = asyncio.Event()
+
+    async def receive(self, websocket: WebSocket) -> None:
+        """Take what the client sends, also while the guest reads nothing, until the client goes.
+
+        Raises:
+            WebSocketDisconnect: the client went.
+            WebSocketException: more than ``MAX_PENDING_BYTES`` wait for the guest.
+        """
+        while True:
+            message = await websocket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", 1005))
+            self._pending += message.get("bytes") or (message.get("text") or "").encode()
+            if len(self._pending) > MAX_PENDING_BYTES:
+                raise WebSocketException(CLOSE_TOO_BIG, TOO_MUCH_TYPED)
+            self._has_some.set()
+
+    async def type_into(self, service: HostelService, vm: str) -> None:
+        """Hand it on as the guest takes it, for ever."""
+        while True:
+            await self._has_some.wait()
+            self._has_some.clear()
+            delays = retry_delays()
+            while self._pending:
+                taken = await service.write_console(vm, bytes(self._pending[:MAX_INPUT_BYTES]))
+                del self._pending[:taken]
+                if taken:
+                    delays = retry_delays()
+                if self._pending:
+                    await asyncio.sleep(next(delays))
+
+
+def retry_delays() -> Iterator[float]:
+    """Yield the seconds between tries while the guest takes nothing: longer and longer."""
+    delay = INPUT_RETRY_S
     while True:
-        message = await websocket.receive()
-        if message["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(message.get("code", 1005))
-        data = message.get("bytes") or (message.get("text") or "").encode()
-        while data:
-            taken = await service.write_console(vm, data)
-            data = data[taken:]
-            if data:
-                await asyncio.sleep(INPUT_RETRY_S)
+        yield delay
+        delay = min(2 * delay, MAX_INPUT_RETRY_S)

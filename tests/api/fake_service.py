@@ -76,6 +76,7 @@ class FakeService:
         self.is_slow = False
         self.defect: Exception | None = None
         self.typed_per_call = 1 << 20
+        self.writes = 0
         self._news = asyncio.Condition()
         self._ids = 0
 
@@ -303,6 +304,7 @@ class FakeService:
         vm = self._vm(ref)
         if vm.state is not VmState.RUNNING:
             raise Conflict("wrong_state", f"VM {vm.name} is {vm.state}", state=vm.state)
+        self.writes += 1
         taken = data[: self.typed_per_call]
         self.typed[vm.id] += taken
         return len(taken)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 
@@ -19,6 +20,7 @@ import api.streams
 from api.models.common import ObjectRef
 from api.models.vms import VmCreate
 from api.ports import Call
+from api.routes.console import retry_delays
 from tests.api.conftest import TOKEN
 from tests.api.live import LiveServer, read_all
 
@@ -246,6 +248,38 @@ def test_half_closed_console_is_let_go(live: LiveServer) -> None:
         live.wait_until(lambda: live.service.followers == 0)
     with unix_client(live) as client:
         assert client.get("/v1/vms/web-1").status_code == 200
+
+
+def test_client_that_leaves_a_guest_that_does_not_read_is_let_go(live: LiveServer) -> None:
+    make_vm(live)
+    live.service.typed_per_call = 0
+    with unix_connect(live.path, "ws://localhost/v1/vms/web-1/console") as socket:
+        socket.send(b"x" * 60_000)
+        live.wait_until(lambda: live.service.writes > 0)
+        assert live.app.state.followers.count == 1
+        socket.socket.shutdown(2)  # SHUT_RDWR, without a closing handshake
+        live.wait_until(lambda: live.app.state.followers.count == 0)
+    assert live.service.followers == 0
+
+
+def test_guest_that_does_not_read_is_asked_less_and_less_often() -> None:
+    delays = list(itertools.islice(retry_delays(), 20))
+    assert delays == sorted(delays)
+    assert delays[0] >= 0.02
+    assert delays[6:] == [1.0] * 14
+
+
+def test_console_takes_only_so_much_ahead_of_the_guest(live: LiveServer) -> None:
+    make_vm(live)
+    live.service.typed_per_call = 0
+    with unix_connect(live.path, "ws://localhost/v1/vms/web-1/console") as socket:
+        for _ in range(5):
+            socket.send(b"x" * 60_000)
+        with pytest.raises(ConnectionClosed) as caught:
+            socket.recv(20)
+    assert caught.value.rcvd is not None
+    assert caught.value.rcvd.code == 1009
+    assert "does not read" in caught.value.rcvd.reason
 
 
 def test_console_says_why_typing_failed(live: LiveServer) -> None:

@@ -4,20 +4,44 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 T = TypeVar("T")
 
+NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$"
+MAX_NAME_CHARS: Final = 63
+NAME_TEXT: Final = (
+    "Client-chosen name: 1 to 63 of a-z, 0-9, '-', '.'; no '-' or '.' at an end, and no UUID."
+)
+# Ids are UUIDs, and a name or an id addresses an object: the two must never be mistaken.
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+NOT_A_UUID: Final[dict[str, Any]] = {
+    "not": {"pattern": r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"}
+}
+
+
+def refuse_uuid(name: str) -> str:
+    """Return ``name``.
+
+    Raises:
+        ValueError: it has the form of an id.
+    """
+    if _UUID.fullmatch(name):
+        raise ValueError(
+            f"{name!r} has the form of an id, and would be mistaken for one: choose another name"
+        )
+    return name
+
+
 Name = Annotated[
     str,
-    StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$", max_length=63),
-    Field(
-        description="Client-chosen name: 1 to 63 of a-z, 0-9, '-', '.'; no '-' or '.' at an end.",
-        examples=["web-1"],
-    ),
+    StringConstraints(pattern=NAME_PATTERN, max_length=MAX_NAME_CHARS),
+    AfterValidator(refuse_uuid),
+    Field(description=NAME_TEXT, examples=["web-1"], json_schema_extra=NOT_A_UUID),
 ]
 Ref = Annotated[
     str,

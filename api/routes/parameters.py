@@ -7,7 +7,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Path, Query
+from pydantic import AfterValidator
 
+from ..models.common import MAX_NAME_CHARS, NAME_PATTERN, NAME_TEXT, NOT_A_UUID, refuse_uuid
 from ..models.vms import VmState
 from ..ports import ListQuery
 
@@ -43,10 +45,12 @@ Wait = Annotated[
 ]
 NewName = Annotated[
     str,
+    AfterValidator(refuse_uuid),
     Query(
-        max_length=63,
-        pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$",
-        description="Client-chosen name: 1 to 63 of a-z, 0-9, '-', '.'; no '-' or '.' at an end.",
+        max_length=MAX_NAME_CHARS,
+        pattern=NAME_PATTERN,
+        description=NAME_TEXT,
+        json_schema_extra=NOT_A_UUID,
     ),
 ]
 Digest = Annotated[

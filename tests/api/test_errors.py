@@ -193,3 +193,30 @@ def test_request_id_of_the_client_comes_back(api: Api) -> None:
 def test_unfit_request_id_is_replaced(api: Api) -> None:
     reply = api.get("/v1", headers={"x-request-id": "a b\tc"})
     assert reply.headers["x-request-id"] != "a b\tc"
+
+
+@pytest.mark.parametrize("path", ["/v1/vms", "/v1/kernels", "/v1/images"])
+def test_name_in_the_form_of_an_id_is_refused(api: Api, path: str) -> None:
+    name = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
+    body = {"name": name, "kernel": "debian"} if path == "/v1/vms" else {"name": name, "path": "/k"}
+    reply = api.post(path, json=body)
+    assert (reply.status_code, reply.json()["field"]) == (422, "name")
+    assert reply.json()["detail"].startswith(f"name: {name!r} has the form of an id")
+
+
+@pytest.mark.parametrize("kind", ["kernels", "images"])
+def test_upload_under_the_form_of_an_id_is_refused(api: Api, kind: str) -> None:
+    name = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
+    reply = api.post(f"/v1/{kind}/upload?name={name}", content=b"x")
+    assert (reply.status_code, reply.json()["field"]) == (422, "name")
+    assert "has the form of an id" in reply.json()["detail"]
+
+
+def test_rename_to_the_form_of_an_id_is_refused(api: Api) -> None:
+    api.create("web-1")
+    reply = api.patch("/v1/vms/web-1", json={"name": "6f9619ff-8b86-4011-b42d-00c04fc964ff"})
+    assert (reply.status_code, reply.json()["field"]) == (422, "name")
+
+
+def test_name_that_is_nearly_an_id_is_taken(api: Api) -> None:
+    assert api.create("6f9619ff-8b86-4011-b42d-00c04fc964f")["state"] == "stopped"

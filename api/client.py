@@ -21,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
 from .endpoint import Endpoint, find_endpoint
-from .errors import ApiError, Internal, error_from_problem
+from .errors import ApiError, Internal, Invalid, error_from_problem
 from .models.common import Page, Problem
 from .models.resources import (
     Event,
@@ -134,19 +135,19 @@ class HostelClient:
 
     def get_vm(self, ref: str) -> Vm:
         """Return one VM by name or id."""
-        return _parse(self._send("GET", f"/v1/vms/{ref}"), Vm)
+        return _parse(self._send("GET", url_path("vms", ref)), Vm)
 
     def patch_vm(self, ref: str, patch: VmPatch, *, if_match: str | None = None) -> Vm:
         """Change a VM; ``if_match`` is the ETag that it must have."""
         headers = {} if if_match is None else {"If-Match": if_match}
-        return _parse(self._send("PATCH", f"/v1/vms/{ref}", patch, headers=headers), Vm)
+        return _parse(self._send("PATCH", url_path("vms", ref), patch, headers=headers), Vm)
 
     def delete_vm(
         self, ref: str, *, force: bool = False, wait_s: float = WAIT_S
     ) -> Operation | None:
         """Delete a VM and its own disks; None when it is gone."""
         params: Params = {"force": force, "wait": wait_s}
-        reply = self._send("DELETE", f"/v1/vms/{ref}", params=params)
+        reply = self._send("DELETE", url_path("vms", ref), params=params)
         return None if reply.status_code == 204 else _parse(reply, Operation)
 
     def act_on_vm(
@@ -158,16 +159,16 @@ class HostelClient:
         wait_s: float = WAIT_S,
     ) -> Vm | Operation:
         """Start, pause, resume, stop, kill, reset or send Ctrl-Alt-Del."""
-        path = f"/v1/vms/{ref}/{action.value}"
+        path = url_path("vms", ref, action.value)
         return _outcome(self._send("POST", path, stop, {"wait": wait_s}), Vm)
 
     def grow_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
         """Give a disk its new size."""
-        return _parse(self._send("PATCH", f"/v1/vms/{ref}/disks/{disk_id}", patch), Vm)
+        return _parse(self._send("PATCH", url_path("vms", ref, "disks", disk_id), patch), Vm)
 
     def vm_stats(self, ref: str) -> VmStats:
         """Return a running VM's counters."""
-        return _parse(self._send("GET", f"/v1/vms/{ref}/stats"), VmStats)
+        return _parse(self._send("GET", url_path("vms", ref, "stats")), VmStats)
 
     # consoles
 
@@ -176,21 +177,21 @@ class HostelClient:
     ) -> tuple[int, bytes, int]:
         """Return (offset, bytes, end) of the console log; a negative offset counts from its end."""
         params: Params = {"offset": offset, "limit": limit}
-        reply = self._send("GET", f"/v1/vms/{ref}/console/log", params=params)
+        reply = self._send("GET", url_path("vms", ref, "console", "log"), params=params)
         headers = reply.headers
         return int(headers["Console-Offset"]), reply.content, int(headers["Console-End-Offset"])
 
     def follow_log(self, ref: str, *, offset: int = 0) -> Iterator[bytes]:
         """Yield the console log from ``offset`` on, as it grows, until the VM is deleted."""
         params: Params = {"offset": offset, "follow": True}
-        path = f"/v1/vms/{ref}/console/log"
+        path = url_path("vms", ref, "console", "log")
         # A guest may be silent for days.
         with self._stream(path, params, silence_s=None) as reply:
             yield from reply.iter_raw()
 
     def type_into(self, ref: str, data: bytes) -> int:
         """Type into the console; returns how many bytes the guest took."""
-        reply = self._send("POST", f"/v1/vms/{ref}/console/input", content=data)
+        reply = self._send("POST", url_path("vms", ref, "console", "input"), content=data)
         return _parse(reply, ConsoleInput).accepted_bytes
 
     # kernels and images
@@ -201,7 +202,7 @@ class HostelClient:
 
     def get_kernel(self, ref: str) -> Kernel:
         """Return one kernel by name or id."""
-        return _parse(self._send("GET", f"/v1/kernels/{ref}"), Kernel)
+        return _parse(self._send("GET", url_path("kernels", ref)), Kernel)
 
     def import_kernel(self, wanted: KernelImport, *, wait_s: float = WAIT_S) -> Kernel | Operation:
         """Import a kernel from a path of the daemon's host."""
@@ -216,7 +217,7 @@ class HostelClient:
 
     def delete_kernel(self, ref: str) -> None:
         """Delete a kernel that no VM uses."""
-        self._send("DELETE", f"/v1/kernels/{ref}")
+        self._send("DELETE", url_path("kernels", ref))
 
     def list_images(self) -> list[Image]:
         """Return all images in order of name."""
@@ -224,7 +225,7 @@ class HostelClient:
 
     def get_image(self, ref: str) -> Image:
         """Return one image by name or id."""
-        return _parse(self._send("GET", f"/v1/images/{ref}"), Image)
+        return _parse(self._send("GET", url_path("images", ref)), Image)
 
     def import_image(self, wanted: ImageImport, *, wait_s: float = WAIT_S) -> Image | Operation:
         """Import an image from a path of the daemon's host."""
@@ -245,7 +246,7 @@ class HostelClient:
 
     def delete_image(self, ref: str) -> None:
         """Delete an image that no VM uses."""
-        self._send("DELETE", f"/v1/images/{ref}")
+        self._send("DELETE", url_path("images", ref))
 
     # operations, events, host
 
@@ -255,12 +256,12 @@ class HostelClient:
 
     def get_operation(self, operation_id: str, *, wait_s: float = 0) -> Operation:
         """Return an operation, at its end or after ``wait_s`` seconds (0..60)."""
-        path = f"/v1/operations/{operation_id}"
+        path = url_path("operations", operation_id)
         return _parse(self._send("GET", path, params={"wait": wait_s}), Operation)
 
     def cancel_operation(self, operation_id: str) -> Operation:
         """Ask an operation to stop."""
-        return _parse(self._send("DELETE", f"/v1/operations/{operation_id}"), Operation)
+        return _parse(self._send("DELETE", url_path("operations", operation_id)), Operation)
 
     def settle(self, outcome: M | Operation, model: type[M]) -> M:
         """Return the object, after the end of its operation if there is one.
@@ -376,6 +377,18 @@ class HostelClient:
             cursor = page.next_cursor
             if cursor is None:
                 return items
+
+
+def url_path(*parts: str) -> str:
+    """Return the path under ``/v1`` of these segments, each quoted.
+
+    Raises:
+        Invalid: one of them cannot be a segment; the daemon would take the path for another's.
+    """
+    for part in parts:
+        if part in {"", ".", ".."} or "/" in part:
+            raise Invalid("invalid_value", f"{part!r} is no name and no id")
+    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 
 def _parse(reply: httpx.Response, model: type[M]) -> M:

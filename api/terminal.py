@@ -19,7 +19,7 @@ from typing import Final
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect, unix_connect
 
-from .client import Unreachable
+from .client import Unreachable, url_path
 from .endpoint import Endpoint
 from .errors import ApiError, Conflict, error_from_problem
 from .models.common import Problem
@@ -45,7 +45,8 @@ def open_console(endpoint: Endpoint, ref: str, offset: int | None = None) -> Cli
         Unreachable: there is no daemon.
     """
     query = "" if offset is None else f"?offset={offset}"
-    address = f"ws{endpoint.base_url.removeprefix('http')}/v1/vms/{ref}/console{query}"
+    path = url_path("vms", ref, "console")
+    address = f"ws{endpoint.base_url.removeprefix('http')}{path}{query}"
     headers = {} if endpoint.token is None else {"Authorization": f"Bearer {endpoint.token}"}
     try:
         if endpoint.url is None:

@@ -27,6 +27,7 @@ from api.models.vms import (
     VmPatch,
     VmState,
 )
+from api.terminal import open_console
 from tests.api.conftest import TOKEN
 from tests.api.live import LiveServer
 
@@ -214,3 +215,24 @@ def test_options_go_before_the_environment() -> None:
     environ = {"HOSTEL_URL": "http://localhost:1", "HOSTEL_TOKEN": "t"}
     assert find_endpoint(environ, 0, socket="/a") == Endpoint(socket="/a")
     assert find_endpoint(environ, 0, url="http://[::1]:2").base_url == "http://[::1]:2"
+
+
+@pytest.mark.parametrize("ref", ["web?", "web#", "web%", "web?force=true", "web 1"])
+def test_name_that_cannot_be_never_reaches_another_vm(hostel: HostelClient, ref: str) -> None:
+    make(hostel, "web")
+    with pytest.raises(Invalid):
+        hostel.delete_vm(ref)
+    with pytest.raises(Invalid):
+        open_console(hostel.endpoint, ref)
+    assert [vm.name for vm in hostel.list_vms()] == ["web"]
+
+
+@pytest.mark.parametrize("ref", ["", ".", "..", "web/stats", "../vms/web"])
+def test_name_that_would_change_the_path_is_refused(hostel: HostelClient, ref: str) -> None:
+    make(hostel, "web")
+    for call in (hostel.get_vm, hostel.delete_vm, hostel.get_kernel, hostel.get_operation):
+        with pytest.raises(Invalid, match="is no name and no id"):
+            call(ref)
+    with pytest.raises(Invalid, match="is no name and no id"):
+        open_console(hostel.endpoint, ref)
+    assert [vm.name for vm in hostel.list_vms()] == ["web"]

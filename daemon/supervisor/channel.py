@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 # So that one chatty peer does not keep the loop from the others.
 MESSAGES_PER_WAKEUP: Final = 32
+# A peer that has more waiting than its socket holds answers none: the rest waits here.
+MAX_IN_FLIGHT: Final = 16
+MAX_TEXT_CHARS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +32,13 @@ class Handlers:
         on_reply: (op, reply) of a request that succeeded, before its caller goes on.
         on_notice: (notice, data).
         on_close: the peer has gone, or broke the protocol; not called by close().
+        on_late: a reply that nobody waits for any more; whoever is called owns its descriptors.
     """
 
     on_reply: Callable[[str, dict[str, Any]], None]
     on_notice: Callable[[str, dict[str, Any]], None]
     on_close: Callable[[], None]
+    on_late: Callable[[protocol.Message], None] = lambda late: protocol.close_all(late.fds)
 
 
 @dataclass(slots=True)
@@ -63,9 +68,15 @@ class Channel:
         self._unsent: collections.deque[tuple[int, dict[str, Any], tuple[int, ...]]] = (
             collections.deque()
         )
+        self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._is_open = True
         sock.setblocking(False)
         self._loop.add_reader(sock.fileno(), self._on_readable)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be sent."""
+        return self._is_open
 
     async def request(
         self,
@@ -77,11 +88,22 @@ class Channel:
     ) -> protocol.Message:
         """Send a request and return its reply; the caller keeps ``fds`` and owns the reply's.
 
+        Up to MAX_IN_FLIGHT are under way; waiting for a turn counts as waiting for the answer.
+
         Raises:
             WorkerGone: the peer has closed the connection, or does so meanwhile.
             WorkerTimeout: no answer in time; one that comes later is dropped.
             WorkerError: the peer refused or failed.
         """
+        try:
+            async with asyncio.timeout(timeout_s), self._slots:
+                return await self._exchange(op, args or {}, fds)
+        except TimeoutError as err:
+            raise WorkerTimeout(op, timeout_s) from err
+
+    async def _exchange(
+        self, op: str, args: dict[str, Any], fds: tuple[int, ...]
+    ) -> protocol.Message:
         if not self._is_open:
             raise WorkerGone(f"{self._peer} is gone")
         self._next_id += 1
@@ -89,11 +111,8 @@ class Channel:
         future: asyncio.Future[protocol.Message] = self._loop.create_future()
         self._requests[request_id] = _Request(op, future)
         try:
-            self._send(request_id, {"id": request_id, "op": op, "args": args or {}}, fds)
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError as err:
-            raise WorkerTimeout(op, timeout_s) from err
+            self._send(request_id, {"id": request_id, "op": op, "args": args}, fds)
+            return await future
         finally:
             self._requests.pop(request_id, None)
             # The descriptors are the caller's and may be closed next.
@@ -128,6 +147,10 @@ class Channel:
             self._unsent.append((request_id, body, fds))
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
         except OSError as err:
+            # Its end is known at once, and not when the loop comes to it: who asks again is to
+            # find the connection closed, or already the next one.
+            self._requests.pop(request_id, None)
+            self.drain()
             raise WorkerGone(f"{self._peer}: {err.strerror}") from err
 
     def _on_writable(self) -> None:
@@ -176,7 +199,7 @@ class Channel:
             return
         request = self._requests.get(body["id"]) if isinstance(body.get("id"), int) else None
         if request is None or request.future.done():
-            protocol.close_all(message.fds)
+            self._handlers.on_late(message)
             return
         ok, error = body.get("ok"), body.get("error")
         if isinstance(ok, dict):
@@ -187,7 +210,15 @@ class Channel:
         fields = error if isinstance(error, dict) else {}
         request.future.set_exception(
             WorkerError(
-                str(fields.get("code", "protocol")),
-                str(fields.get("message", f"{self._peer} sent neither ok nor error")),
+                clean(fields.get("code", "protocol")),
+                clean(fields.get("message", f"{self._peer} sent neither ok nor error")),
             )
         )
+
+
+def clean(told: object, max_chars: int = MAX_TEXT_CHARS) -> str:
+    r"""Return a peer's text bounded, and without the lone surrogates that "\ud800" makes in JSON.
+
+    They are no Unicode text: no encoder of ours takes them.
+    """
+    return str(told)[:max_chars].encode("utf-8", "replace").decode()

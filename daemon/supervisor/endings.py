@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from api.models.vms import VmState
 
+from .channel import clean
 from .records import ReasonRecord
 from .vm_table import reason
 from .workers import Ending
@@ -53,10 +54,10 @@ def reason_of(told: dict[str, Any] | None) -> ReasonRecord | None:
         return None
     detail = told.get("detail")
     return reason(
-        str(told.get("code", "unknown"))[:64],
-        str(told.get("message", ""))[:MAX_DETAIL_CHARS],
+        clean(told.get("code", "unknown"), 64),
+        clean(told.get("message", ""), MAX_DETAIL_CHARS),
         {
-            key: value if isinstance(value, int) else str(value)[:MAX_DETAIL_CHARS]
+            clean(key, 64): value if isinstance(value, int) else clean(value, MAX_DETAIL_CHARS)
             for key, value in (detail if isinstance(detail, dict) else {}).items()
         },
     )

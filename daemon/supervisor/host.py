@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import platform
 from collections import Counter
@@ -15,8 +16,9 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from pydantic import ValidationError
 
-from api.errors import ApiError
+from api.errors import ApiError, HostFailure
 from api.models.resources import Host
 from api.models.vms import VmState, VmStats
 from api.version import API_EXTENSIONS
@@ -27,6 +29,8 @@ from .vm_run import VmRunner
 from .vm_table import VmEntry, VmTable
 
 # A scrape asks every worker, this many at once, and does not wait longer for any of them.
+log = logging.getLogger(__name__)
+
 STATS_AT_ONCE: Final = 32
 STATS_TIMEOUT_S: Final = 2.0
 
@@ -88,7 +92,16 @@ async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
     known: dict[str, Any] = {
         name: value for name, value in told.items() if name in VmStats.model_fields
     }
-    return VmStats.model_validate({**known, "memory_rss_bytes": procfs.rss_bytes(pid)})
+    try:
+        # The worker counts what its ring had no room for, and what the log could not take.
+        lost = told.get("console_lost_bytes", 0)
+        known["console_dropped_bytes"] = known.get("console_dropped_bytes", 0) + lost
+        return VmStats.model_validate({**known, "memory_rss_bytes": procfs.rss_bytes(pid)})
+    except (TypeError, ValidationError) as err:
+        log.warning("counters not understood vm=%s error=%s", entry.record.name, err)
+        raise HostFailure(
+            "worker_protocol", f"VM {entry.record.name}: its worker tells no such counters"
+        ) from err
 
 
 class Metrics:

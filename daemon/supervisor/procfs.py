@@ -7,6 +7,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import select
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,8 @@ def open_if_same(identity: Identity) -> int | None:
     except OSError:
         return None
     # The pidfd is open, so the pid cannot change hands between here and a signal.
-    if start_ticks(identity.pid) != identity.start_ticks:
+    has_ended, _, _ = select.select([pidfd], [], [], 0)
+    if has_ended or start_ticks(identity.pid) != identity.start_ticks:
         os.close(pidfd)
         return None
     return pidfd

@@ -28,7 +28,8 @@ from .tasks import Tasks
 from .vm_make import VmMaker
 from .vm_run import VmRunner
 from .vm_table import VmEntry, VmTable, reason
-from .workers import Ending, Worker, WorkerPool, log_tail, read_last_words
+from .worker_files import log_tail, read_last_words
+from .workers import Ending, Worker, WorkerPool
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class Reconciler:
                 entry.event("adopted"),
                 state=VmState.RUNNING,
                 started_at=started_at,
-                worker=procfs.identify(worker.pid),
+                worker=procfs.identify(worker.pid) if worker.is_known else None,
             )
         await self._runner.keep_up(entry)
         log.info("worker adopted vm=%s pid=%d state=%s", name, worker.pid, entry.record.state)
@@ -156,9 +157,12 @@ class Reconciler:
         """Keep a worker that lives and does not answer; its guest may well be running."""
         log.error("worker does not answer vm=%s pid=%d", entry.record.name, worker.pid)
         self._runner.watch(entry, worker)
+        problem = "does not answer"
+        if worker.unreachable is not None:
+            problem = f"cannot be reached: {worker.unreachable}"
         why = reason(
             "worker_unresponsive",
-            f"its worker, process {worker.pid}, lives and does not answer; it is asked again every"
+            f"its worker, process {worker.pid}, lives and {problem}; it is tried again every"
             f" {PROBE_INTERVAL_S:g} s, and can be killed",
             {"pid": worker.pid},
         )

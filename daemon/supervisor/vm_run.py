@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # More at once only fight for the processors: a launch is mostly computing.
 LAUNCHES_PER_CPU: Final = 4
+# A worker that ends closes its connection a moment before.
+END_GRACE_S: Final = 1.0
 
 _STATES: Final = {
     "running": VmState.RUNNING,
@@ -200,9 +202,11 @@ class VmRunner:
         worker, was_killed = entry.worker, entry.kill_requested
         ending: Ending | None = None
         if worker is not None:
-            if not isinstance(err, WorkerGone):
+            if isinstance(err, WorkerGone):
+                ending = await worker.wait_ended(END_GRACE_S)
+            if ending is None:
                 worker.kill()
-            ending = await worker.wait_ended(KILL_TIMEOUT_S)
+                ending = await worker.wait_ended(KILL_TIMEOUT_S)
         entry.kill_requested = False
         self._pool.forget(entry.record.id)
         why = reason("start_failed", f"it did not start: {err}")
@@ -268,10 +272,11 @@ class VmRunner:
         """Return the worker's end, or None with what went wrong."""
         try:
             await worker.request("power_button", timeout_s=self._config.request_timeout_s)
-        except WorkerGone:
-            pass  # it ends right now
         except WorkerError as err:
-            return None, f"its power button cannot be pressed ({err})"
+            # One that has hung up most likely ends right now.
+            is_gone = isinstance(err, WorkerGone)
+            ending = await worker.wait_ended(END_GRACE_S) if is_gone else None
+            return ending, f"its power button cannot be pressed ({err})"
         ending = await worker.wait_ended(timeout_s)
         return ending, f"the guest did not power off within {timeout_s:g} s"
 
@@ -356,7 +361,7 @@ class VmRunner:
         try:
             return await worker.request(op, args, timeout_s=self._config.request_timeout_s)
         except WorkerGone as err:
-            ending = await worker.wait_ended(KILL_TIMEOUT_S)
+            ending = await worker.wait_ended(END_GRACE_S)
             if ending is None:
                 raise HostFailure(err.code, f"VM {entry.record.name}: {err}") from err
             why = judge(ending, was_killed=entry.kill_requested).reason
@@ -368,12 +373,18 @@ class VmRunner:
     # --- keeping up with the worker
 
     def _spawn_sync(self, entry: VmEntry, worker: Worker) -> None:
-        self._tasks.spawn(self._sync(entry, worker), "vm-sync")
+        # One takes over all that was told until it runs: a chatty worker is not to fill memory.
+        if not entry.sync_pending:
+            entry.sync_pending = True
+            self._tasks.spawn(self._sync(entry, worker), "vm-sync")
 
     async def _sync(self, entry: VmEntry, worker: Worker) -> None:
         async with entry.lock:
+            entry.sync_pending = False
             if entry.worker is worker:
                 await self.keep_up(entry)
+            elif entry.worker is not None:
+                self._spawn_sync(entry, entry.worker)
 
     async def _on_ended(self, entry: VmEntry, worker: Worker) -> None:
         async with entry.lock:

@@ -45,6 +45,7 @@ class VmEntry:
         worker: its process, while there is one.
         kill_requested: someone has asked for its end; whoever sees it end says "stopped".
         resets: how many of the worker's resets have been told; None before the first status.
+        sync_pending: a task is on its way that takes over what the worker has told.
         gone: set when it has been deleted.
         unsaved: events that the database could not take yet; None when all is kept.
     """
@@ -54,6 +55,7 @@ class VmEntry:
     worker: Worker | None = None
     kill_requested: bool = False
     resets: int | None = None
+    sync_pending: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     unsaved: list[NewEvent] | None = None
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from .. import protocol
@@ -29,14 +27,11 @@ from . import procfs
 from .channel import Channel, Handlers
 from .dirs import Layout
 from .tasks import Tasks
+from .worker_files import connect, listen, log_tail, open_logs, read_last_words
 from .zygotes import Forked, ZygoteClient
 
 log = logging.getLogger(__name__)
 
-# Status and tail of a worker that has died are small; more is not read.
-MAX_LAST_WORDS_BYTES: Final = 64 * 1024
-LOG_TAIL_BYTES: Final = 4096
-LOG_TAIL_LINES: Final = 5
 # The zygote reaps within milliseconds of the pidfd's becoming readable.
 EXIT_STATUS_TIMEOUT_S: Final = 2.0
 REAP_ATTEMPTS: Final = 10
@@ -44,9 +39,12 @@ REAP_INTERVAL_S: Final = 0.02
 # SIGKILL works at once, unless the kernel itself hangs in a disk that does not answer.
 KILL_TIMEOUT_S: Final = 15.0
 QUIT_TIMEOUT_S: Final = 2.0
-LISTEN_BACKLOG: Final = 8
-# sockaddr_un.sun_path without its terminating NUL: unix(7).
-MAX_SOCKET_PATH: Final = 107
+# A worker that hung up and lives is connected to again after 0.05 s, 0.1 s ... 5 s.
+FIRST_BACKOFF_S: Final = 0.05
+MAX_BACKOFF_S: Final = 5.0
+# A connection that held this long was a good one.
+SETTLED_S: Final = 10.0
+RECONNECT_TIMEOUT_S: Final = 3.0
 _DEAF: Final = Handlers(lambda *_: None, lambda *_: None, lambda: None)
 
 
@@ -71,21 +69,38 @@ class Worker:
     Attributes:
         status: the newest it has told, by reply or by notice, in the order of the socket.
         ended: done when the process has gone; never fails.
+        is_known: hosteld forked it, or the database noted it. Of any other process there is only
+            its own word for its pid, and hosteld may be root: such a pid is never sent a signal.
+        unreachable: why there is no talking to it; None while there is a connection.
 
     Threads: the event loop's.
     """
 
-    def __init__(self, vm_id: str, forked: Forked, layout: Layout, pool: WorkerPool) -> None:
+    def __init__(
+        self,
+        vm_id: str,
+        forked: Forked,
+        layout: Layout,
+        pool: WorkerPool,
+        *,
+        is_known: bool = True,
+    ) -> None:
         self.vm_id = vm_id
         self.pid = forked.pid
+        self.is_known = is_known
+        self.unreachable: str | None = None
         self.status: Status | None = None
         self.on_status: Callable[[Worker], None] = lambda _: None
         self._pidfd = forked.pidfd
         self._is_dying = False
+        self._is_released = False
         self._was_killed = False
         self._layout = layout
         self._pool = pool
         self._channel: Channel | None = None
+        self._attached_at = 0.0
+        self._backoff_s = FIRST_BACKOFF_S
+        self._reconnecting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[Ending] = self._loop.create_future()
         self._loop.add_reader(self._pidfd, self._on_death)
@@ -94,6 +109,16 @@ class Worker:
         """Talk over a connected control socket from now on."""
         handlers = Handlers(self._on_reply, self._on_notice, self._on_hangup)
         self._channel = Channel(sock, f"worker {self.pid}", handlers)
+        self._attached_at = self._loop.time()
+        self.unreachable = None
+
+    def cut_off(self, why: str) -> None:
+        """Stop talking to what answers in its name; it can still be watched and killed."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self.status = None
+        self.unreachable = why
 
     async def request(
         self,
@@ -124,9 +149,13 @@ class Worker:
         await self.request("launch", spec.encode(), fds, timeout_s=timeout_s)
 
     def kill(self) -> None:
-        """Send SIGKILL; ``ended`` follows."""
+        """Send SIGKILL, or to a worker that is not known ``quit``; ``ended`` follows."""
         self._was_killed = True
-        if not self._is_dying:
+        if self._is_dying:
+            return
+        if not self.is_known:
+            self._pool.tasks.spawn(self._ask_to_quit(), f"quit {self.pid}")
+        else:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -138,14 +167,18 @@ class Worker:
     async def quit(self) -> Ending | None:
         """End it in good order, or by force; None when even SIGKILL did not help in time."""
         if not self.ended.done():
-            with contextlib.suppress(WorkerError):
-                await self.request("quit", timeout_s=QUIT_TIMEOUT_S)
-                await self.wait_ended(QUIT_TIMEOUT_S)
+            await self._ask_to_quit()
             self.kill()
-        return await self.wait_ended(KILL_TIMEOUT_S)
+        return await self.wait_ended(KILL_TIMEOUT_S if self.is_known else QUIT_TIMEOUT_S)
+
+    async def _ask_to_quit(self) -> None:
+        with contextlib.suppress(WorkerError):
+            await self.request("quit", timeout_s=QUIT_TIMEOUT_S)
+            await self.wait_ended(QUIT_TIMEOUT_S)
 
     def release(self) -> None:
         """Let go of a worker that is to live on without this hosteld."""
+        self._is_released = True
         if self._channel is not None:
             self._channel.close()
         if not self._is_dying:
@@ -171,8 +204,48 @@ class Worker:
         return True
 
     def _on_hangup(self) -> None:
-        if not self.ended.done():
-            log.info("worker hung up vm=%s pid=%d", self.vm_id, self.pid)
+        if self._is_dying or self._is_released:
+            return
+        self.unreachable = "it closed its control connection"
+        log.info("worker hung up vm=%s pid=%d", self.vm_id, self.pid)
+        if self._loop.time() - self._attached_at > SETTLED_S:
+            self._backoff_s = FIRST_BACKOFF_S
+        self.reconnect()
+
+    # --- a new connection
+
+    def reconnect(self) -> None:
+        """Connect again in the background, for as long as the worker lives and has to be asked."""
+        if self._reconnecting is None:
+            self._reconnecting = self._pool.tasks.spawn(self._reconnect(), f"reconnect {self.pid}")
+
+    async def _reconnect(self) -> None:
+        try:
+            while self._is_wanting():
+                # A worker that ends hangs up first: its end comes within this time.
+                await self.wait_ended(self._backoff_s)
+                self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+                if self._is_wanting():
+                    await self._reconnect_once()
+        finally:
+            self._reconnecting = None
+
+    def _is_wanting(self) -> bool:
+        is_connected = self._channel is not None and self._channel.is_open
+        return not (is_connected or self._is_dying or self._is_released)
+
+    async def _reconnect_once(self) -> None:
+        try:
+            self.attach(connect(self._layout.vm_runtime(self.vm_id)))
+            await self.request("status", timeout_s=RECONNECT_TIMEOUT_S)
+        except (WorkerError, OSError) as err:
+            log.debug("worker not reached vm=%s pid=%d error=%s", self.vm_id, self.pid, err)
+            return
+        if self.status is not None and self.status.pid != self.pid:
+            self.cut_off(f"process {self.status.pid} answers in its name")
+            return
+        log.info("worker connected again vm=%s pid=%d", self.vm_id, self.pid)
+        self.on_status(self)
 
     # --- its death
 
@@ -281,157 +354,83 @@ class WorkerPool:
         """
         runtime = self._layout.vm_runtime(vm_id)
         try:
-            sock = connect(runtime)
-        except BlockingIOError:
-            return self._find_by_pid(vm_id, known)  # nobody accepts: it lives, and hangs
-        except OSError:
+            connect(runtime).close()
+        except ConnectionRefusedError:
             # Nobody holds the socket, so no worker runs, unless it has not come to listen: the
             # socket listens before the fork.
             return None
-        pid = await self._ask_pid(vm_id, sock, timeout_s)
-        try:
-            forked = None if pid is None else Forked(pid, os.pidfd_open(pid))
-        except OSError:
-            forked = None
-        worker = self._find_by_pid(vm_id, known) if forked is None else self._adopt(vm_id, forked)
-        if worker is not None:
-            # An answer with the same pid after its pidfd was opened: the pidfd is the answerer's.
-            with contextlib.suppress(WorkerError):
-                await worker.request("status", timeout_s=timeout_s)
-            if worker.status is not None and worker.status.pid != worker.pid:
-                worker.release()
-                worker = self._find_by_pid(vm_id, known)
+        except OSError as err:
+            # Its files may have been removed under it, or it hangs: neither ends a guest.
+            return self._find_by_pid(vm_id, known, f"{runtime}/control.sock: {err.strerror}")
+        worker = self._find_by_pid(vm_id, known)
+        if worker is None:
+            return await self._find_by_word(vm_id, timeout_s)
+        with contextlib.suppress(WorkerError):
+            await worker.request("status", timeout_s=timeout_s)
+        if worker.status is not None and worker.status.pid != worker.pid:
+            worker.cut_off(f"process {worker.status.pid} answers in its name")
         return worker
 
-    async def _ask_pid(self, vm_id: str, sock: socket.socket, timeout_s: float) -> int | None:
-        channel = Channel(sock, "a worker", _DEAF)
+    async def _find_by_word(self, vm_id: str, timeout_s: float) -> Worker | None:
+        """Take over a worker that nothing is known of but what it says itself."""
+        pid = await self._ask_pid(vm_id, timeout_s)
         try:
+            forked = None if pid is None else Forked(pid, os.pidfd_open(pid))
+        except OSError as err:
+            log.warning("worker told no pid of a process vm=%s pid=%s error=%s", vm_id, pid, err)
+            forked = None
+        if forked is None:
+            await self._end_orphan(vm_id)
+            return None
+        worker = self._adopt(vm_id, forked, is_known=False)
+        with contextlib.suppress(WorkerError):
+            await worker.request("status", timeout_s=timeout_s)
+        return worker
+
+    async def _ask_pid(self, vm_id: str, timeout_s: float) -> int | None:
+        channel: Channel | None = None
+        try:
+            channel = Channel(connect(self._layout.vm_runtime(vm_id)), "a worker", _DEAF)
             message = await channel.request("status", timeout_s=timeout_s)
             return Status.decode(message.body["ok"]).pid
-        except (WorkerError, ProtocolError) as err:
+        except (WorkerError, ProtocolError, OSError) as err:
             log.warning("worker does not answer vm=%s error=%s", vm_id, err)
             return None
         finally:
-            channel.close()
+            if channel is not None:
+                channel.close()
 
-    def _adopt(self, vm_id: str, forked: Forked) -> Worker:
-        worker = Worker(vm_id, forked, self._layout, self)
+    def _adopt(self, vm_id: str, forked: Forked, *, is_known: bool) -> Worker:
+        worker = Worker(vm_id, forked, self._layout, self, is_known=is_known)
         try:
             worker.attach(connect(self._layout.vm_runtime(vm_id)))
         except OSError as err:
             log.warning("worker cannot be reached vm=%s error=%s", vm_id, err)
+            worker.cut_off(f"its control socket: {err.strerror}")
+            worker.reconnect()
         return worker
 
-    def _find_by_pid(self, vm_id: str, known: procfs.Identity | None) -> Worker | None:
+    def _find_by_pid(
+        self, vm_id: str, known: procfs.Identity | None, why: str | None = None
+    ) -> Worker | None:
         pidfd = None if known is None else procfs.open_if_same(known)
         if known is None or pidfd is None:
             return None
-        return self._adopt(vm_id, Forked(known.pid, pidfd))
+        worker = self._adopt(vm_id, Forked(known.pid, pidfd), is_known=True)
+        if why is not None and worker.unreachable is not None:
+            worker.unreachable = why
+        return worker
 
     def forget(self, vm_id: str) -> None:
         """Remove what a dead worker left in the runtime directory."""
         runtime = self._layout.vm_runtime(vm_id)
         try:
             connect(runtime).close()
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             # As it should be: nobody holds the socket any more.
             shutil.rmtree(runtime, ignore_errors=True)
             return
+        except OSError as err:
+            log.error("control socket kept path=%s error=%s", runtime, err.strerror)
+            return
         log.error("a worker that nobody knows holds a control socket, kept path=%s", runtime)
-
-
-@contextlib.contextmanager
-def _short_path(directory: Path) -> Iterator[str]:
-    """Yield a name of control.sock that fits sockaddr_un however deep it lies."""
-    path = f"{directory}/control.sock"
-    if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
-        yield path
-        return
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/control.sock"
-    finally:
-        os.close(fd)
-
-
-def listen(runtime: Path) -> socket.socket:
-    """Bind a fresh control socket; the worker inherits it, already listening.
-
-    Raises:
-        OSError: as bind(2).
-    """
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{runtime}/control.sock")  # noqa: PTH108 - see open_logs()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    try:
-        with _short_path(runtime) as path:
-            sock.bind(path)
-        sock.listen(LISTEN_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def connect(runtime: Path) -> socket.socket:
-    """Connect to a worker's control socket.
-
-    Raises:
-        OSError: as connect(2); BlockingIOError when its backlog is full.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    sock.setblocking(False)
-    try:
-        with _short_path(runtime) as path:
-            sock.connect(path)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def open_logs(layout: Layout, vm_id: str, stack: contextlib.ExitStack) -> tuple[int, int, int]:
-    """Open console.log, worker.log and last_words for a worker; ``stack`` closes them.
-
-    Raises:
-        OSError: no space, for one.
-    """
-    # Strings and not Paths: on the way of every start, Paths cost more than the system calls.
-    state = str(layout.vm_state(vm_id))
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(state, 0o700)  # noqa: PTH102
-    append = os.O_RDWR | os.O_APPEND
-    fds = []
-    for path, flags in (
-        (f"{state}/console.log", append),
-        (f"{state}/worker.log", append),
-        (f"{layout.vm_runtime(vm_id)}/last_words", os.O_RDWR | os.O_TRUNC),
-    ):
-        fds.append(os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        stack.callback(os.close, fds[-1])
-    return fds[0], fds[1], fds[2]
-
-
-def read_last_words(runtime: Path) -> Status | None:
-    """Return the Status that a worker left, None when it left none."""
-    try:
-        with (runtime / "last_words").open("rb") as file:
-            data = file.read(MAX_LAST_WORDS_BYTES)
-        return Status.decode(json.loads(data)) if data else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, ProtocolError) as err:
-        log.warning("last words not understood path=%s error=%s", runtime, err)
-        return None
-
-
-def log_tail(path: Path) -> tuple[str, ...]:
-    """Return the last lines of a worker's log."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - LOG_TAIL_BYTES))
-            text = file.read(LOG_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return ()
-    return tuple(line[:300] for line in text.splitlines()[-LOG_TAIL_LINES:])

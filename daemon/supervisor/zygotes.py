@@ -109,7 +109,7 @@ class ZygoteClient:
         self._pid = pid
         self._is_down = False
         self._born = time.monotonic()
-        handlers = Handlers(self._on_reply, self._on_notice, self._on_close)
+        handlers = Handlers(self._on_reply, self._on_notice, self._on_close, _end_late)
         self._channel = Channel(sock, "the zygote", handlers)
 
     def _on_reply(self, op: str, reply: dict[str, Any]) -> None:
@@ -189,6 +189,15 @@ def spawn_zygote() -> tuple[socket.socket, int]:
             ours.close()
             raise
     return ours, pid
+
+
+def _end_late(late: protocol.Message) -> None:
+    """End a worker that was forked for someone who has stopped waiting for it."""
+    for pidfd in late.fds:
+        log.warning("worker forked too late, killed")
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    protocol.close_all(late.fds)
 
 
 def _reap(pid: int) -> None:

@@ -7,7 +7,10 @@ The words of the VM's command line choose how the worker behaves:
     refuse-launch, die-on-launch, hang-on-launch
     booted, crashed, panicked, rebooted     told right after the launch
     exit-3                                  ends by itself, with a line in its log
-    ignore-button, die-on-pause, hang-on-pause, slow-console
+    ignore-button, die-on-pause, hang-on-pause, slow-console, bad-stats
+    hang-up-on-stats                        closes the connection once, and lives
+    surrogate                               tells a reason that is no Unicode text
+    lie=PID                                 says that it is that process, from the launch on
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ AFTER_LAUNCH: dict[str, dict[str, Any]] = {
         "reason": {"code": "triple_fault", "message": "the guest fell over", "detail": {"rip": 16}},
     },
     "panicked": {"reason": {"code": "guest_panic", "message": "the guest panicked", "detail": {}}},
+    "surrogate": {
+        "reason": {"code": "guest_panic", "message": "\ud800", "detail": {"\ud801": "\ud802"}}
+    },
     "rebooted": {
         "reason": {"code": "guest_reboot", "message": "it rebooted", "detail": {}},
         "resets": 1,
@@ -71,6 +77,9 @@ class FakeWorker:
             time.sleep(600)
         if f"die-on-{op}" in self.moods:
             os.kill(os.getpid(), signal.SIGKILL)
+        if f"hang-up-on-{op}" in self.moods:
+            self.moods.remove(f"hang-up-on-{op}")
+            raise ConnectionResetError
         if f"refuse-{op}" in self.moods:
             error = {"code": "boot_failed", "message": "no such luck"}
             self.send({"id": message.body["id"], "error": error})
@@ -91,8 +100,8 @@ class FakeWorker:
         elif op == "stats":
             one = {"read_bytes": 7}
             return {"vcpu_exits": {"hlt": 1}, "disks": {"root": one}, "nics": {}} | {
-                "console_dropped_bytes": 0,
-                "console_lost_bytes": 0,
+                "console_dropped_bytes": 3,
+                "console_lost_bytes": "many" if "bad-stats" in self.moods else 4,
             }
         elif op == "console_write":
             data = base64.b64decode(args["data"])
@@ -105,6 +114,9 @@ class FakeWorker:
 
     def live(self) -> None:
         """Do what the guest does after its start."""
+        for mood in self.moods:
+            if mood.startswith("lie="):
+                self.status = replace(self.status, pid=int(mood.removeprefix("lie=")))
         for mood, news in AFTER_LAUNCH.items():
             if mood in self.moods:
                 self.tell(**news)
@@ -135,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     fake = types.ModuleType("daemon.worker.main")
-    fake.run = lambda vm_id, fds: FakeWorker(vm_id, fds).run()  # type: ignore[attr-defined]
+    fake.run = lambda vm_id, fds, *_: FakeWorker(vm_id, fds).run()  # type: ignore[attr-defined]
     sys.modules["daemon.worker.main"] = fake
     zygote.Zygote(socket.socket(fileno=parser.parse_args().fd)).run()
 

@@ -15,7 +15,7 @@ import pytest
 
 from daemon import protocol
 from daemon.errors import WorkerError, WorkerGone, WorkerTimeout
-from daemon.supervisor.channel import Channel, Handlers
+from daemon.supervisor.channel import MAX_IN_FLIGHT, Channel, Handlers, clean
 
 Scenario = Callable[[Channel, socket.socket, list[str]], Awaitable[None]]
 
@@ -200,3 +200,62 @@ def test_a_request_that_was_given_up_is_not_sent_later() -> None:
         await last
 
     converse(scenario)
+
+
+def test_requests_beyond_the_limit_wait_for_their_turn() -> None:
+    async def scenario(channel: Channel, peer: socket.socket, _: list[str]) -> None:
+        asked = [ask(channel, "stats") for _ in range(MAX_IN_FLIGHT + 1)]
+        first = [(await receive(peer)).body["id"] for _ in range(MAX_IN_FLIGHT)]
+        with pytest.raises(BlockingIOError):
+            protocol.receive(peer)
+        protocol.send(peer, {"id": first[0], "ok": {}})
+        first.append((await receive(peer)).body["id"])
+        for request_id in first[1:]:
+            protocol.send(peer, {"id": request_id, "ok": {}})
+        await asyncio.gather(*asked)
+
+    assert converse(scenario) == ["reply stats"] * (MAX_IN_FLIGHT + 1)
+
+
+def test_those_who_wait_for_their_turn_learn_that_the_peer_has_gone() -> None:
+    async def scenario(channel: Channel, peer: socket.socket, _: list[str]) -> None:
+        asked = [ask(channel, "stats") for _ in range(3 * MAX_IN_FLIGHT)]
+        await receive(peer)
+        peer.close()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {WorkerGone}
+
+    assert converse(scenario) == ["closed"]
+
+
+def test_waiting_for_a_turn_has_the_same_deadline() -> None:
+    async def scenario(channel: Channel, peer: socket.socket, _: list[str]) -> None:
+        asked = [ask(channel, "stats") for _ in range(MAX_IN_FLIGHT)]
+        with pytest.raises(WorkerTimeout):
+            await ask(channel, "pause", timeout_s=0.01)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    converse(scenario)
+
+
+def test_a_reply_that_comes_too_late_is_handed_over_with_its_descriptors() -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        late: asyncio.Future[protocol.Message] = asyncio.get_running_loop().create_future()
+        handlers = Handlers(lambda *_: None, lambda *_: None, lambda: None, late.set_result)
+        channel = Channel(ours, "the peer", handlers)
+        with theirs:
+            protocol.send(theirs, {"id": 7, "ok": {}}, (0,))
+            message = await late
+        assert len(message.fds) == 1
+        protocol.close_all(message.fds)
+        channel.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("told", ["\ud800", "a\udfffb", 7, None, "x" * 5000])
+def test_what_a_peer_says_becomes_text_that_can_be_encoded(told: object) -> None:
+    assert len(clean(told).encode()) <= 2000

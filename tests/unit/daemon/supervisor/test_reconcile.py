@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import sqlite3
+import subprocess
 
 import pytest
 
@@ -280,3 +281,73 @@ def test_an_operation_that_was_running_has_failed(harness: Harness) -> None:
         assert operation.error.code == "daemon_restarted"
 
     harness.run(second)
+
+
+def test_a_guest_whose_files_were_removed_is_kept_told_of_and_can_be_deleted(
+    harness: Harness,
+) -> None:
+    pid = start_one(harness)
+    shutil.rmtree(harness.layout.runtime)
+
+    async def second(supervisor: Supervisor) -> None:
+        vm = await supervisor.get_vm("a")
+        assert (vm.state, vm.pid) == (VmState.RUNNING, pid)
+        assert vm.reason is not None
+        assert "cannot be reached" in vm.reason.message
+        assert "No such file" in vm.reason.message
+        await supervisor.delete_vm("a", True, CALL)
+
+    harness.run(second)
+    assert harness.worker_pids() == []
+
+
+def bystander() -> subprocess.Popen[bytes]:
+    """A process that has nothing to do with it."""
+    return subprocess.Popen(["sleep", "600"])
+
+
+def test_a_worker_that_names_another_process_gets_only_itself_killed(harness: Harness) -> None:
+    with bystander() as other:
+        try:
+            pid = start_one(harness, f"lie={other.pid}")
+
+            async def second(supervisor: Supervisor) -> None:
+                vm = await supervisor.get_vm("a")
+                assert (vm.state, vm.pid) == (VmState.RUNNING, pid)
+                assert vm.reason is not None
+                assert f"process {other.pid} answers" in vm.reason.message
+                await harness.act(VmAction.KILL)
+
+            harness.run(second)
+            assert harness.worker_pids() == []
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_process_that_only_a_worker_names_is_never_killed(harness: Harness) -> None:
+    with bystander() as other:
+        try:
+            start_one(harness, f"lie={other.pid}")
+            rewrite(harness, "DELETE FROM vms")
+            harness.run(nothing)
+            # It was asked to quit, and did.
+            assert harness.worker_pids() == []
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_worker_without_a_known_identity_is_adopted_and_ended_in_good_order(
+    harness: Harness,
+) -> None:
+    pid = start_one(harness)
+    rewrite(harness, "UPDATE vms SET doc = json_set(doc, '$.worker', json('null'))")
+
+    async def second(supervisor: Supervisor) -> None:
+        vm = await supervisor.get_vm("a")
+        assert (vm.state, vm.pid) == (VmState.RUNNING, pid)
+        assert (await harness.act(VmAction.KILL)).state is VmState.STOPPED
+
+    harness.run(second)
+    assert harness.worker_pids() == []

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -375,5 +376,64 @@ def test_a_kvm_without_permission_says_how_to_get_it(
             await harness.act(VmAction.START)
         monkeypatch.undo()
         assert (await supervisor.get_vm("a")).state is VmState.STOPPED
+
+    harness.run(scenario)
+
+
+def test_a_worker_that_hangs_up_and_lives_is_connected_to_again(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        vm = await harness.start("a", "hang-up-on-stats")
+        with pytest.raises(HostFailure) as caught:
+            await supervisor.vm_stats("a")
+        assert caught.value.code == "worker_gone"
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(HostFailure):
+                    await supervisor.vm_stats("a")
+                    break
+                await asyncio.sleep(0.01)
+        assert (await supervisor.get_vm("a")).pid == vm.pid
+        assert (await harness.act(VmAction.STOP)).state is VmState.STOPPED
+
+    harness.run(scenario)
+
+
+def test_a_stop_that_meets_a_hang_up_leaves_the_guest_running(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", "hang-up-on-power_button")
+        with pytest.raises(HostFailure, match="power button cannot be pressed"):
+            await harness.act(VmAction.STOP, stop=StopRequest(timeout_s=60, force=False))
+        assert (await supervisor.get_vm("a")).state is VmState.RUNNING
+
+    harness.run(scenario)
+
+
+def test_many_requests_for_counters_are_all_answered(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a")
+        stats = await asyncio.gather(*(supervisor.vm_stats("a") for _ in range(300)))
+        assert {one.console_dropped_bytes for one in stats} == {7}
+
+    harness.run(scenario)
+
+
+def test_a_reason_that_is_no_text_can_be_shown(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", "surrogate")
+        vm = await harness.until("a", lambda vm: vm.reason is not None)
+        assert vm.reason is not None
+        assert vm.reason.message == "?"
+        assert vm.model_dump_json()
+
+    harness.run(scenario)
+
+
+def test_counters_of_the_wrong_type_are_the_workers_failure(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", "bad-stats")
+        with pytest.raises(HostFailure) as caught:
+            await supervisor.vm_stats("a")
+        assert caught.value.code == "worker_protocol"
+        assert b"hostel_scrape_failures 1.0" in await supervisor.metrics()
 
     harness.run(scenario)

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any, Final, cast
 
@@ -38,12 +39,16 @@ _LOG = logging.getLogger(__name__)
 HEAD_DEADLINE_S: Final = 10.0
 # The parser has no limit of its own: an endless head would fill the memory.
 MAX_HEAD_BYTES: Final = 64 * 1024
-# Well below the usual limit of open files, of which each VM needs about ten.
+# Well below the usual limit of open files, of which each VM needs about ten. Each listener has its
+# own count: who may come in over TCP without a token cannot shut the Unix socket's callers out.
 MAX_CONNECTIONS: Final = 1024
+MAX_TCP_CONNECTIONS: Final = 256
 KEEP_ALIVE_S: Final = 75
 GRACE_S: Final = 5.0
 # Then they are cancelled, which each may tell its client.
 LAST_WORDS_S: Final = 1.0
+# A client that takes nothing of an ordinary reply for this long is cut off.
+REPLY_STALL_S: Final = 30.0
 # How long a follower that is cut may take to read why.
 LINGER_S: Final = 5.0
 # Consoles are typed into by people; larger frames are refused.
@@ -69,6 +74,12 @@ def peer_of(transport: asyncio.BaseTransport) -> Peer | None:
     return Peer(*struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)))
 
 
+def listener_of(transport: asyncio.BaseTransport) -> int:
+    """Return through which listener a connection came: its socket's address family, or -1."""
+    sock = transport.get_extra_info("socket")
+    return -1 if sock is None else int(sock.family)
+
+
 class HostelHttp(HttpToolsProtocol):
     """One connection: peer credentials, a bounded head, problems for what is not HTTP."""
 
@@ -76,23 +87,65 @@ class HostelHttp(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._unsent_bytes = 0
+        self._is_half_closed = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Find out who connects; the first head's deadline begins."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "cut_stream": self._cut}
+        self.app_state = {
+            **self.app_state,
+            "cut_stream": self._cut,
+            "is_half_closed": lambda: self._is_half_closed,
+        }
         peer = peer_of(transport)
         if peer is not None:
             self.app_state["peer"] = peer
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(Busy("too_many_connections", f"{MAX_CONNECTIONS} connections are open"))
+        listener = listener_of(transport)
+        limit = MAX_CONNECTIONS if peer is not None else MAX_TCP_CONNECTIONS
+        if sum(listener_of(other.transport) == listener for other in self.connections) > limit:
+            self._refuse(Busy("too_many_connections", f"{limit} connections are open"))
             return
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the deadline."""
+        """Forget the deadlines."""
         self._disarm()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Stay open for the reply to a client that has sent all it will (``nc -N``).
+
+        Not in the middle of a request, and not under a follower: to it, the end of what the
+        client sends is the only sign that the client has gone.
+        """
+        if not self._is_replying() or self.cycle.more_body or self.cycle.chunked_encoding:
+            return False
+        self._is_half_closed = True
+        # The cycle is the last request's: what is queued before it is answered too.
+        self.cycle.keep_alive = False
+        return True
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than we write: a deadline begins."""
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        """The client reads."""
+        super().resume_writing()
+        # Whatever is written next is more than nothing: the deadline begins anew.
+        self._unsent_bytes = sys.maxsize
+
+    def on_response_complete(self) -> None:
+        """A reply is written; a client that never reads it would keep the connection for ever."""
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size() > 0:
+            self._watch_writing()
 
     def data_received(self, data: bytes) -> None:
         """Parse; count what belongs to a head."""
@@ -122,6 +175,24 @@ class HostelHttp(HttpToolsProtocol):
     def _is_replying(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is not None and not cycle.response_complete
+
+    def _watch_writing(self) -> None:
+        if self._write_timer is None:
+            self._unsent_bytes = self.transport.get_write_buffer_size()
+            self._write_timer = self.loop.call_later(REPLY_STALL_S, self._check_writing)
+
+    def _check_writing(self) -> None:
+        self._write_timer = None
+        unsent = self.transport.get_write_buffer_size()
+        if unsent == 0:
+            return
+        is_following = self._is_replying() and self.cycle.chunked_encoding
+        # A follower has a deadline of its own, with a last word.
+        if unsent >= self._unsent_bytes and not is_following:
+            _LOG.warning("client cut, it does not read stalled_s=%g", REPLY_STALL_S)
+            self.transport.abort()
+            return
+        self._watch_writing()
 
     def _await_head(self) -> None:
         self._head_bytes = 0

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from .errors import ApiError, Busy
+from .errors import ApiError, BadRequest, Busy
 
 T = TypeVar("T")
 
@@ -164,6 +164,12 @@ class FollowResponse(Response):
             await close_source(self._source)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_half_closed: Callable[[], bool] = scope["state"].get("is_half_closed", bool)
+        if is_half_closed():
+            raise BadRequest(
+                "client_half_closed",
+                "a follower keeps its side of the connection open: that it closes is how it leaves",
+            )
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         feed = asyncio.create_task(self._feed(send))

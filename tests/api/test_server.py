@@ -8,6 +8,8 @@ import asyncio
 import itertools
 import json
 import os
+import select
+import socket
 
 import httpx
 import pytest
@@ -132,6 +134,68 @@ def test_too_many_connections_are_refused(
         assert first.recv(65536).startswith(b"HTTP/1.1 200")
         with live.connect() as second:
             assert problem_of(read_all(second)) == (503, "too_many_connections")
+
+
+def test_tcp_connections_do_not_shut_the_unix_socket_out(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api.server, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(api.server, "MAX_TCP_CONNECTIONS", 1)
+    with socket.create_connection(("127.0.0.1", live.port), 20) as first:
+        first.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert first.recv(65536).startswith(b"HTTP/1.1 401")
+        with socket.create_connection(("127.0.0.1", live.port), 20) as second:
+            assert problem_of(read_all(second)) == (503, "too_many_connections")
+        with unix_client(live) as client:
+            assert client.get("/metrics").status_code == 200
+
+
+def test_client_that_sends_no_more_gets_its_answers(live: LiveServer) -> None:
+    with live.connect() as raw:
+        raw.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\nGET /v1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.shutdown(socket.SHUT_WR)
+        assert read_all(raw).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_client_that_sends_no_more_may_wait_for_its_answer(live: LiveServer) -> None:
+    live.service.create_gate = asyncio.Event()
+    body = b'{"name": "web-1", "kernel": "debian"}'
+    head = b"POST /v1/vms HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with live.connect() as raw:
+        raw.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        raw.shutdown(socket.SHUT_WR)
+        live.wait_until(lambda: live.service.creates == 1)
+        live.run(open_gate(live.service.create_gate))
+        assert read_all(raw).startswith(b"HTTP/1.1 201 Created")
+
+
+async def open_gate(gate: asyncio.Event) -> None:
+    gate.set()
+
+
+def test_follower_that_sends_no_more_is_not_kept(live: LiveServer) -> None:
+    make_vm(live)
+    with live.connect() as raw:
+        raw.sendall(b"GET /v1/vms/web-1/console/log?follow=true HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.shutdown(socket.SHUT_WR)
+        read_all(raw)
+    live.wait_until(lambda: live.app.state.followers.count == 0)
+
+
+@pytest.mark.parametrize("size", [4 << 20, 400 << 10])
+def test_client_that_does_not_read_its_reply_is_cut(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(api.server, "REPLY_STALL_S", 0.1)
+    make_vm(live)
+    live.run(live.service.say("web-1", b"x" * size))
+    with live.connect() as raw:
+        path = b"/v1/vms/web-1/console/log?limit=4194304"
+        raw.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path)
+        poll = select.poll()
+        poll.register(raw, 0)
+        assert poll.poll(20_000) == [(raw.fileno(), select.POLLHUP)]
+        assert len(read_all(raw)) < size
 
 
 def test_log_is_followed_and_ends_with_the_vm(live: LiveServer) -> None:

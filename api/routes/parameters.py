@@ -45,13 +45,14 @@ Wait = Annotated[
 ]
 NewName = Annotated[
     str,
-    AfterValidator(refuse_uuid),
+    # Query first: behind a validator, its pattern would be missing in the document.
     Query(
         max_length=MAX_NAME_CHARS,
         pattern=NAME_PATTERN,
         description=NAME_TEXT,
         json_schema_extra=NOT_A_UUID,
     ),
+    AfterValidator(refuse_uuid),
 ]
 Digest = Annotated[
     str | None,

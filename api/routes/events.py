@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import ApiError, BadRequest, UpgradeRequired
+from ..errors import ApiError, BadRequest, Invalid, UpgradeRequired
 from ..models.common import Page
 from ..models.resources import Event
 from ..openapi import EventPage, bare, content, problems, success
@@ -56,7 +56,10 @@ async def list_events(
     limit: Limit = 100,
 ) -> Response:
     """Pass the last event's id as `after` to go on; `next_cursor` is that id on a full page."""
-    events = await service_of(request).list_events(after, limit)
+    service = service_of(request)
+    events = await service.list_events(after, limit)
+    if not events:
+        await _check_cursor(service, after)
     cursor = str(events[-1].id) if len(events) == limit else None
     return json_response(Page[Event](items=events, next_cursor=cursor))
 
@@ -81,6 +84,7 @@ async def stream_events(request: Request, after: After = None) -> Response:
     """A comment line every 15 s shows that the stream lives."""
     cursor = _last_event_id(request, after)
     service: HostelService = service_of(request)
+    await _check_cursor(service, cursor)
     followers: Followers = request.app.state.followers
     return FollowResponse(
         _sse_lines(service.follow_events(cursor)),
@@ -89,6 +93,24 @@ async def stream_events(request: Request, after: After = None) -> Response:
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         farewell=b": the daemon is stopping, connect again\n\n",
         complaint=f": {TOO_SLOW}\n\n".encode(),
+    )
+
+
+async def _check_cursor(service: HostelService, cursor: int | None) -> None:
+    """Refuse an id that no event has had: whoever holds it would wait for what never comes.
+
+    The newest event is never dropped, so an id that is not above it has something after the id
+    before.
+
+    Raises:
+        Invalid: there is no such event, as after a restore of the daemon's database.
+    """
+    if not cursor or await service.list_events(cursor - 1, 1):
+        return
+    raise Invalid(
+        "cursor_unknown",
+        f"event {cursor}: no event has had this id; read /v1/events from 0, then follow from there",
+        field="after",
     )
 
 
@@ -139,6 +161,7 @@ async def socket_events(websocket: WebSocket, after: After = None) -> None:
     service: HostelService = websocket.app.state.service
     followers: Followers = websocket.app.state.followers
     with followers.join():
+        await _check_cursor(service, after)
         await websocket.accept()
         feed = _send_events(websocket, service.follow_events(after))
         await run_socket(websocket, followers, feed, _until_gone(websocket))

@@ -166,3 +166,18 @@ def test_no_call_needs_a_thread(api: Api) -> None:
     api.create("web-1")
     api.get("/v1/vms/web-1")
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/events/stream"])
+def test_cursor_above_the_newest_event_is_refused(api: Api, path: str) -> None:
+    api.create()
+    newest = api.service.events[-1].id
+    reply = api.get(f"{path}?after={newest + 1}")
+    assert (reply.status_code, reply.json()["code"]) == (422, "cursor_unknown")
+    assert reply.json()["field"] == "after"
+
+
+def test_cursor_at_the_newest_event_has_nothing_after_it(api: Api) -> None:
+    api.create()
+    reply = api.get(f"/v1/events?after={api.service.events[-1].id}")
+    assert (reply.status_code, reply.json()["items"]) == (200, [])

@@ -380,6 +380,7 @@ def test_stalled_console_is_cut(live: LiveServer, monkeypatch: pytest.MonkeyPatc
         ("/v1/vms/a%20b/console", 422, "invalid_value"),
         ("/v1/vms/none/console?offset=x", 422, "invalid_value"),
         ("/v1/events/ws?after=-1", 422, "invalid_value"),
+        ("/v1/events/ws?after=1", 422, "cursor_unknown"),
     ],
 )
 def test_refused_websocket_gets_a_problem(

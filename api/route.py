@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .body import MAX_JSON_BYTES, read_body
-from .errors import BadRequest
+from .errors import ApiError, BadRequest
 from .models.common import FieldError
 from .ports import StoredReply
 from .reply import service_of
@@ -95,8 +95,14 @@ async def _once(request: Request, key: str, handle: Handler, *, is_streamed: boo
         )
     service = service_of(request)
     # A key belongs to who sent it: one caller can neither see nor block another's.
-    key = f"{key} of {request.scope['state']['actor']}"
-    stored = await service.claim_key(key, await _fingerprint(request, is_streamed=is_streamed))
+    own_key = f"{key} of {request.scope['state']['actor']}"
+    fingerprint = await _fingerprint(request, is_streamed=is_streamed)
+    try:
+        stored = await service.claim_key(own_key, fingerprint)
+    except ApiError as err:
+        # The client knows the key as it sent it.
+        err.detail = err.detail.replace(own_key, key)
+        raise
     if stored is not None:
         headers = {**stored.headers, "Idempotency-Replayed": "true"}
         if is_streamed:
@@ -110,7 +116,7 @@ async def _once(request: Request, key: str, handle: Handler, *, is_streamed: boo
         return response
     finally:
         # Also when the request is cancelled, or the key would stay claimed for ever.
-        await asyncio.shield(service.settle_key(key, kept))
+        await asyncio.shield(service.settle_key(own_key, kept))
 
 
 async def _fingerprint(request: Request, *, is_streamed: bool) -> str:

@@ -454,9 +454,9 @@ class FakeService:
             return None
         known, reply = self.keys[key]
         if known != fingerprint:
-            raise Invalid("idempotency_key_reused", "the key was used for another request")
+            raise Invalid("idempotency_key_reused", f"key {key} was used for another request")
         if reply is None:
-            raise Conflict("idempotency_key_in_use", "the first request still runs")
+            raise Conflict("idempotency_key_in_use", f"the first request with key {key} runs")
         return reply
 
     async def settle_key(self, key: str, reply: StoredReply | None) -> None:

@@ -17,6 +17,9 @@ from .config import ConfigError
 
 log = logging.getLogger(__name__)
 
+# Those whose runtime directory is the system's, and not a user's own.
+_SYSTEM_UIDS: Final = frozenset({0})
+
 
 class DirectoryInUse(ConfigError):
     """Another hosteld runs on this state directory."""
@@ -66,7 +69,7 @@ def prepare(layout: Layout) -> None:
     _make_private(layout.state, 0o700)
     # The system's runtime directory may be entered by all, so that members of socket_group reach
     # the API socket; vms/ below it stays hosteld's own.
-    _make_private(layout.runtime, 0o755 if os.geteuid() == 0 else 0o700)
+    _make_private(layout.runtime, 0o755 if os.geteuid() in _SYSTEM_UIDS else 0o700)
     for path in (
         layout.kernels,
         layout.images,
@@ -96,7 +99,13 @@ def _make_private(path: Path, mode: int) -> None:
 
 def _make(path: Path, mode: int, *, parents: bool) -> None:
     try:
-        path.mkdir(mode=mode, parents=parents, exist_ok=True)
+        try:
+            path.mkdir(mode=mode, parents=parents)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        else:
+            path.chmod(mode)  # the umask has taken from it
     except OSError as err:
         raise ConfigError(f"{path}: cannot be made: {err.strerror}") from err
 
@@ -112,13 +121,16 @@ def claim_runtime(layout: Layout) -> None:
     note = layout.runtime / "state_dir"
     ours = str(layout.state.resolve())
     try:
-        theirs = note.read_text() if note.exists() else ours
+        # Empty is what a power failure may leave.
+        theirs = (note.read_text() if note.exists() else "") or ours
         if theirs != ours and any((layout.runtime / "vms").iterdir()):
             raise ConfigError(
                 f"{layout.runtime} belongs to the VMs of state directory {theirs}; give this one a"
                 " runtime_dir of its own"
             )
-        note.write_text(ours)
+        fresh = layout.runtime / "state_dir.new"
+        fresh.write_text(ours)
+        fresh.rename(note)
     except OSError as err:
         raise ConfigError(f"{note}: {err.strerror}") from err
 

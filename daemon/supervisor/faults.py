@@ -8,11 +8,11 @@ import errno
 import logging
 from typing import Final
 
-from api.errors import ApiError, Conflict, HostFailure, Internal, Invalid, NoSpace
+from api.errors import ApiError, Busy, Conflict, HostFailure, Internal, Invalid, NoSpace
 
 from ..errors import WorkerError
 from ..images.errors import Cancelled, ImageError, StorageError
-from .store import StoreFull
+from .store import StoreBusy, StoreFailed, StoreFull
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ def translate(err: Exception, doing: str) -> ApiError:
     """
     if isinstance(err, ApiError):
         return err
-    if isinstance(err, StoreFull):
+    if isinstance(err, StoreBusy):
+        return Busy("database_busy", str(err))
+    if isinstance(err, StoreFull) and not isinstance(err, StoreFailed):
         return NoSpace("state_dir_full", str(err))
     if isinstance(err, WorkerError):
         return HostFailure(err.code, f"{doing}: {err}")

@@ -102,8 +102,8 @@ class VmRecord:
         if (reason := doc["reason"]) is not None:
             reason["at"] = datetime.fromisoformat(reason["at"])
             doc["reason"] = ReasonRecord(**reason)
-        if doc["worker"] is not None:
-            doc["worker"] = Identity(**doc["worker"])
+        worker = doc.get("worker")  # records of before did not have it
+        doc["worker"] = None if worker is None else Identity(**worker)
         doc["disks"] = tuple(DiskRecord(**disk) for disk in doc["disks"])
         doc["nics"] = tuple(NicRecord(**nic) for nic in doc["nics"])
         return cls(**doc)

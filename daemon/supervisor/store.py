@@ -33,6 +33,8 @@ from .schema import MIGRATIONS
 log = logging.getLogger(__name__)
 
 BUSY_TIMEOUT_MS: Final = 5_000
+# Somebody else, such as a backup, may hold the database that long this many times.
+BUSY_ATTEMPTS: Final = 3
 # Old events go in steps, so that not every commit deletes one row.
 TRIM_EVERY: Final = 512
 # What SQLite says when the file system is full, read-only, or fails: SQLITE_FULL, SQLITE_READONLY,
@@ -40,6 +42,7 @@ TRIM_EVERY: Final = 512
 _NO_SPACE_CODES: Final = frozenset(
     {sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
 )
+_BUSY_CODES: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 
 
 class StoreError(Exception):
@@ -48,6 +51,14 @@ class StoreError(Exception):
 
 class StoreFull(Exception):
     """A change could not be written: the state directory is full, read-only or broken."""
+
+
+class StoreBusy(StoreFull):
+    """Another program holds the database locked."""
+
+
+class StoreFailed(StoreFull):
+    """The change itself cannot be written, by a defect of hosteld; the log has the trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +144,8 @@ class Store:
         """Write a change and return its events when both are on stable storage.
 
         Raises:
-            StoreFull: nothing was written; the same call works once there is space again.
+            StoreFull: nothing was written; the same call works once there is space again, or
+                nobody else holds the database.
             sqlite3.IntegrityError: a constraint refused it; nothing was written.
         """
         future: asyncio.Future[list[Event]] = self._loop.create_future()
@@ -149,7 +161,7 @@ class Store:
         try:
             return await self._loop.run_in_executor(self._reader, self._fetch, sql, params)
         except sqlite3.OperationalError as err:
-            raise StoreFull(describe(self._path, err)) from err
+            raise _unwritten(self._path, err) from err
 
     async def events_after(self, after: int, limit: int) -> list[Event]:
         """Return up to ``limit`` events with an id above ``after``, in order.
@@ -187,10 +199,20 @@ class Store:
                 while (more := self._queue.get_nowait()) is not None:
                     group.append(more)
                 is_last = True
-            outcomes = self._write_group(group)
+            outcomes = self._write_patiently(group)
             self._loop.call_soon_threadsafe(self._deliver, outcomes)
             if is_last:
                 return
+
+    def _write_patiently(self, group: list[_Pending]) -> list[_Outcome]:
+        """Write a group, again while somebody else holds the database."""
+        outcomes = self._write_group(group)
+        for _ in range(BUSY_ATTEMPTS - 1):
+            if not any(isinstance(outcome.error, StoreBusy) for outcome in outcomes):
+                break
+            log.warning("database held by another program path=%s", self._path)
+            outcomes = self._write_group(group)
+        return outcomes
 
     def _write_group(self, group: list[_Pending]) -> list[_Outcome]:
         outcomes = [_Outcome(pending, []) for pending in group]
@@ -203,14 +225,21 @@ class Store:
                     self._apply_alone(outcome)
             self._trim_events(sum(len(outcome.events) for outcome in outcomes))
             self._db.execute("COMMIT")
-        except sqlite3.Error as err:
-            # SQLite rolls back by itself on some errors and not on others.
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+        except Exception as err:
+            # The border of the writer thread: whatever a group does, the next one is written.
+            self._roll_back()
             error = self._translate(err)
             for outcome in outcomes:
                 outcome.events, outcome.error = [], error
         return outcomes
+
+    def _roll_back(self) -> None:
+        # SQLite rolls back by itself on some errors and not on others.
+        try:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+        except sqlite3.Error as err:
+            log.error("no way back error=%s", err)
 
     def _apply(self, outcome: _Outcome) -> None:
         change = outcome.pending.change
@@ -257,11 +286,14 @@ class Store:
                 (self._events_kept,),
             )
 
-    def _translate(self, err: sqlite3.Error) -> Exception:
+    def _translate(self, err: Exception) -> Exception:
+        if isinstance(err, sqlite3.IntegrityError):
+            return err
         code = getattr(err, "sqlite_errorcode", 0) & 0xFF
-        if code in _NO_SPACE_CODES:
-            return StoreFull(describe(self._path, err))
-        return err
+        if isinstance(err, sqlite3.Error) and code in _NO_SPACE_CODES | _BUSY_CODES:
+            return _unwritten(self._path, err)
+        log.error("defect: a change cannot be written", exc_info=err)
+        return StoreFailed(f"{self._path}: {err}")
 
     # --- back on the event loop
 
@@ -309,6 +341,13 @@ def _migrate(db: sqlite3.Connection) -> None:
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
         db.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
         log.info("database migrated schema=%d", number)
+
+
+def _unwritten(path: Path, err: sqlite3.Error) -> StoreFull:
+    code = getattr(err, "sqlite_errorcode", 0) & 0xFF
+    if code in _BUSY_CODES:
+        return StoreBusy(f"{path}: another program holds it locked ({err}); try again")
+    return StoreFull(describe(path, err))
 
 
 def _open_error(path: Path, err: sqlite3.Error) -> StoreError:

@@ -208,7 +208,7 @@ class VmTable:
         try:
             await self._store.commit(save_vm(record), events=waiting)
             entry.unsaved = None
-        except StoreFull as err:
+        except (StoreFull, sqlite3.Error) as err:
             log.error("state not kept vm=%s state=%s error=%s", record.name, record.state, err)
             entry.unsaved = waiting[-MAX_UNSAVED_EVENTS:]
             if self._retry is None:
@@ -244,7 +244,7 @@ class VmTable:
     async def _save_one(self, entry: VmEntry) -> None:
         try:
             await self._store.commit(save_vm(entry.record), events=entry.unsaved or [])
-        except StoreFull as err:
+        except (StoreFull, sqlite3.Error) as err:
             log.debug("state still not kept vm=%s error=%s", entry.record.name, err)
             return
         entry.unsaved = None

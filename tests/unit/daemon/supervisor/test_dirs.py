@@ -53,3 +53,27 @@ def test_a_second_daemon_is_told_the_pid_of_the_first(tmp_path: Path) -> None:
 def test_the_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
     os.close(dirs.lock(tmp_path))
     os.close(dirs.lock(tmp_path))
+
+
+def test_the_systems_runtime_directory_can_be_entered_by_all_whatever_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = dirs.Layout(tmp_path / "state", tmp_path / "run")
+    monkeypatch.setattr("daemon.supervisor.dirs._SYSTEM_UIDS", {os.geteuid()})
+    mask = os.umask(0o077)
+    try:
+        dirs.prepare(layout)
+    finally:
+        os.umask(mask)
+    assert layout.runtime.stat().st_mode & 0o777 == 0o755
+    assert (layout.runtime / "vms").stat().st_mode & 0o777 == 0o700
+    assert layout.state.stat().st_mode & 0o777 == 0o700
+
+
+def test_an_empty_note_of_the_state_directory_is_none(tmp_path: Path) -> None:
+    layout = dirs.Layout(tmp_path / "state", tmp_path / "run")
+    dirs.prepare(layout)
+    (layout.runtime / "vms" / "some-vm").mkdir()
+    (layout.runtime / "state_dir").write_text("")
+    dirs.claim_runtime(layout)
+    assert (layout.runtime / "state_dir").read_text() == str(layout.state)

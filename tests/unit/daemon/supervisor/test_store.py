@@ -18,7 +18,15 @@ import pytest
 
 from api.models.common import ObjectRef
 from api.models.resources import Event
-from daemon.supervisor.store import NewEvent, Statement, Store, StoreError, StoreFull
+from daemon.supervisor.store import (
+    NewEvent,
+    Statement,
+    Store,
+    StoreBusy,
+    StoreError,
+    StoreFailed,
+    StoreFull,
+)
 
 VM = ObjectRef(kind="vm", id="1", name="a")
 
@@ -180,5 +188,36 @@ def test_a_database_that_has_become_read_only_is_told(tmp_path: Path) -> None:
             with pytest.raises(StoreFull):
                 await store.commit(put("during"))
             assert await store.fetch("SELECT key FROM meta") == [("before",)]
+
+    asyncio.run(scenario())
+
+
+def test_a_database_that_another_program_holds_is_waited_for_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.supervisor.store.BUSY_TIMEOUT_MS", 1)
+
+    async def scenario() -> None:
+        async with opened(tmp_path) as store:
+            with contextlib.closing(sqlite3.connect(tmp_path / "hostel.db")) as other:
+                other.execute("BEGIN IMMEDIATE")
+                with pytest.raises(StoreBusy, match="another program"):
+                    await store.commit(put("a"))
+            await store.commit(put("a"))
+
+    asyncio.run(scenario())
+
+
+def test_a_change_that_cannot_be_written_does_not_end_the_writer(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path) as store:
+            for wrong in (
+                Statement("INSERT INTO meta VALUES (?, ?)", ("a", object())),
+                Statement("INSERT INTO meta VALUES (?, ?)", ("a", "\ud800")),
+                Statement("no SQL at all"),
+            ):
+                with pytest.raises(StoreFailed):
+                    await store.commit(wrong)
+            await store.commit(put("a"))
 
     asyncio.run(scenario())

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Final
 
@@ -39,6 +40,8 @@ INPUT_RETRY_S: Final = 0.02
 MAX_INPUT_RETRY_S: Final = 1.0
 # What one attached client may have typed ahead of a guest that does not read.
 MAX_PENDING_BYTES: Final = 256 * 1024
+# What was typed just before the client went is still handed on for so long.
+LAST_TYPED_S: Final = 1.0
 # RFC 6455, 7.4.1.
 CLOSE_TOO_BIG: Final = 1009
 TOO_MUCH_TYPED: Final = (
@@ -178,6 +181,8 @@ class _Typed:
     def __init__(self) -> None:
         self._pending = bytearray()
         self._has_some = asyncio.Event()
+        self._all_taken = asyncio.Event()
+        self._all_taken.set()
 
     async def receive(self, websocket: WebSocket) -> None:
         """Take what the client sends, also while the guest reads nothing, until the client goes.
@@ -189,11 +194,16 @@ class _Typed:
         while True:
             message = await websocket.receive()
             if message["type"] == "websocket.disconnect":
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_TYPED_S):
+                        await self._all_taken.wait()
                 raise WebSocketDisconnect(message.get("code", 1005))
             self._pending += message.get("bytes") or (message.get("text") or "").encode()
             if len(self._pending) > MAX_PENDING_BYTES:
                 raise WebSocketException(CLOSE_TOO_BIG, TOO_MUCH_TYPED)
-            self._has_some.set()
+            if self._pending:
+                self._all_taken.clear()
+                self._has_some.set()
 
     async def type_into(self, service: HostelService, vm: str) -> None:
         """Hand it on as the guest takes it, for ever."""
@@ -208,6 +218,7 @@ class _Typed:
                     delays = retry_delays()
                 if self._pending:
                     await asyncio.sleep(next(delays))
+            self._all_taken.set()
 
 
 def retry_delays() -> Iterator[float]:

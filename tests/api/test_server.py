@@ -326,6 +326,14 @@ def test_client_that_leaves_a_guest_that_does_not_read_is_let_go(live: LiveServe
     assert live.service.followers == 0
 
 
+def test_what_was_typed_before_the_client_went_reaches_the_guest(live: LiveServer) -> None:
+    make_vm(live)
+    live.service.typed_per_call = 2
+    with unix_connect(live.path, "ws://localhost/v1/vms/web-1/console") as socket:
+        socket.send(b"poweroff\n")
+    live.wait_until(lambda: bytes(*live.service.typed.values()) == b"poweroff\n")
+
+
 def test_guest_that_does_not_read_is_asked_less_and_less_often() -> None:
     delays = list(itertools.islice(retry_delays(), 20))
     assert delays == sorted(delays)

@@ -12,6 +12,7 @@ import signal
 import sys
 import termios
 import threading
+import time
 import tty
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -28,6 +29,9 @@ from .models.common import Problem
 ESCAPE: Final = b"\x1d"
 READ_BYTES: Final = 4096
 CONNECT_S: Final = 10.0
+# After the end of piped input: the guest answers until it is silent, or for so long at most.
+SILENCE_S: Final = 0.5
+MAX_LISTEN_S: Final = 10.0
 
 Show = Callable[[bytes], None]
 
@@ -74,6 +78,9 @@ def _refusal(err: InvalidStatus) -> ApiError:
 def attach(connection: ClientConnection, *, source: int, show: Show) -> None:
     """Join a terminal and a console until one of them ends or Ctrl-] is typed.
 
+    After the end of a pipe or a file, the guest's answer is shown until it is silent for
+    ``SILENCE_S``, for at most ``MAX_LISTEN_S``.
+
     Args:
         connection: from `open_console`; closed at the end.
         source: file descriptor of what is typed; a terminal is raw meanwhile.
@@ -84,10 +91,15 @@ def attach(connection: ClientConnection, *, source: int, show: Show) -> None:
     """
     wake_read, wake_write = os.pipe()
     outcome: list[ApiError] = []
+    heard = threading.Event()
+
+    def show_and_tell(data: bytes) -> None:
+        heard.set()
+        show(data)
 
     def print_output() -> None:
         try:
-            outcome.extend(_print_output(connection, show))
+            outcome.extend(_print_output(connection, show_and_tell))
         finally:
             os.close(wake_write)
 
@@ -95,7 +107,7 @@ def attach(connection: ClientConnection, *, source: int, show: Show) -> None:
     with raw_terminal(source):
         printer.start()
         try:
-            _send_typed(connection, source, wake_read)
+            _send_typed(connection, source, wake_read, heard)
         finally:
             connection.close()
             printer.join()
@@ -117,25 +129,41 @@ def _print_output(connection: ClientConnection, show: Show) -> list[ApiError]:
     return []
 
 
-def _send_typed(connection: ClientConnection, source: int, wake: int) -> None:
+def _send_typed(
+    connection: ClientConnection, source: int, wake: int, heard: threading.Event
+) -> None:
+    """Type until Ctrl-], the end of the input or of the connection."""
     with selectors.DefaultSelector() as selector:
         selector.register(wake, selectors.EVENT_READ)
+        is_file = False
         try:
             selector.register(source, selectors.EVENT_READ)
         except PermissionError:
-            # A regular file is always readable, and epoll takes none.
-            connection.send(os.read(source, READ_BYTES))
-            return
+            is_file = True  # always readable, and epoll takes none
         while True:
-            ready = {key.fd for key, _ in selector.select()}
+            ready = {key.fd for key, _ in selector.select(0 if is_file else None)}
             if wake in ready:
                 return
             data = os.read(source, READ_BYTES)
+            if not data:
+                break
             before, escape, _ = data.partition(ESCAPE)
             with contextlib.suppress(ConnectionClosed):
                 if before:
                     connection.send(before)
-            if escape or not data:
+            if escape:
+                return
+    _await_silence(wake, heard)
+
+
+def _await_silence(wake: int, heard: threading.Event) -> None:
+    """Give the guest a moment to answer what a pipe or a file has typed."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(wake, selectors.EVENT_READ)
+        end = time.monotonic() + MAX_LISTEN_S
+        while time.monotonic() < end:
+            heard.clear()
+            if selector.select(SILENCE_S) or not heard.is_set():
                 return
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -25,7 +25,9 @@ from .support import (
 
 if TYPE_CHECKING:
     from ..models.resources import Operation
-    from ..models.vms import Vm, VmCreate
+    from ..models.vms import Vm, VmCreate, VmPatch
+
+    W = TypeVar("W", VmCreate, VmPatch)
 
 app = group("Create, see and steer virtual machines.")
 
@@ -48,7 +50,7 @@ def _print_outcome(outcome: Vm | Operation, *, as_json: bool) -> None:
         tables.show_operation(outcome)
 
 
-def _read(build: Callable[[], VmCreate]) -> VmCreate:
+def _read(build: Callable[[], W], model: type[W]) -> W:
     """Build a request from options; what cannot be one is a usage error."""
     from pydantic import ValidationError
 
@@ -59,9 +61,7 @@ def _read(build: Callable[[], VmCreate]) -> VmCreate:
     except BadSpec as err:
         fail(str(err), EXIT_USAGE)
     except ValidationError as err:
-        from ..models.vms import VmCreate
-
-        fail(explain(err.errors()[0], VmCreate).detail, EXIT_USAGE)
+        fail(explain(err.errors()[0], model).detail, EXIT_USAGE)
 
 
 @app.command()
@@ -104,17 +104,15 @@ def create(
     }
 
     def build() -> VmCreate:
-        from ..models.vms import VmCreate
-
         wanted["disks"] = [parse_disk(text) for text in disk or ()]
         wanted["nics"] = [parse_nic(text) for text in nic or ()]
         wanted["labels"] = dict(parse_label(text) for text in label or ())
         return VmCreate.model_validate(wanted)
 
     with session(context) as client:
-        from ..models.vms import Vm
+        from ..models.vms import Vm, VmCreate
 
-        request = _read(build)
+        request = _read(build, VmCreate)
         outcome = client.create_vm(request, wait_s=0 if no_wait else 30)
         _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
 
@@ -152,6 +150,60 @@ def show(context: typer.Context, vm: Ref, as_json: Json = False) -> None:
         from . import tables
 
         tables.show_vm(found)
+
+
+@app.command("set")
+def set_vm(
+    context: typer.Context,
+    vm: Ref,
+    name: Annotated[str | None, typer.Option(help="Its new name.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE. Again for more; all others go.")
+    ] = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Remove all labels.")] = False,
+    vcpus: Annotated[int | None, typer.Option(help="1 to 16.")] = None,
+    memory: Annotated[int | None, typer.Option(metavar="MIB", help="Guest memory in MiB.")] = None,
+    cmdline: Annotated[str | None, typer.Option(help="Kernel command line.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change a VM; vCPUs, memory and the command line need a stopped one."""
+    given = {"name": name, "vcpus": vcpus, "memory_mib": memory, "cmdline": cmdline}
+    wanted: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if label and no_labels:
+        fail("give --label or --no-labels, not both", EXIT_USAGE)
+
+    def build() -> VmPatch:
+        if label or no_labels:
+            wanted["labels"] = dict(parse_label(text) for text in label or ())
+        return VmPatch.model_validate(wanted)
+
+    with session(context) as client:
+        from ..models.vms import VmPatch
+
+        patch = _read(build, VmPatch)
+        if not wanted:
+            fail("say what to set: see `hostel vm set --help`", EXIT_USAGE)
+        _print_outcome(client.patch_vm(vm, patch), as_json=as_json)
+
+
+@app.command("grow-disk")
+def grow_disk(
+    context: typer.Context,
+    vm: Ref,
+    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    size: Annotated[int, typer.Argument(metavar="MIB", min=1, help="Its new size in MiB.")],
+    as_json: Json = False,
+) -> None:
+    """Give a disk more space; a running guest is told."""
+    with session(context) as client:
+        from ..models.vms import DiskPatch
+
+        changed = client.grow_disk(vm, disk, DiskPatch(size_mib=size))
+        if as_json:
+            print_json(changed)
+            return
+        now = next(found for found in changed.disks if found.id == disk)
+        print(f"disk {disk} is {now.size_bytes >> 20} MiB")
 
 
 def _act(

@@ -77,6 +77,7 @@ class FakeService:
         self.defect: Exception | None = None
         self.typed_per_call = 1 << 20
         self.writes = 0
+        self.does_echo = False
         self._news = asyncio.Condition()
         self._ids = 0
 
@@ -307,6 +308,8 @@ class FakeService:
         self.writes += 1
         taken = data[: self.typed_per_call]
         self.typed[vm.id] += taken
+        if self.does_echo:
+            await self.say(vm.id, taken)
         return len(taken)
 
     async def list_kernels(self, query: ListQuery) -> Page[Kernel]:

@@ -62,6 +62,34 @@ def test_create_of_the_manual_makes_a_running_vm(cli: Cli) -> None:
     assert vm.nics[0].id == "net0"
 
 
+def test_vm_is_changed_by_set(cli: Cli) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian", "--label", "old=1")
+    words = ("--vcpus", "2", "--memory", "64", "--cmdline", "quiet", "--label", "env=prod")
+    assert cli.run("vm", "set", "web-1", "--name", "web-2", *words).stdout == "web-2 is stopped\n"
+    (vm,) = cli.live.service.vms.values()
+    assert (vm.name, vm.vcpus, vm.memory_mib, vm.cmdline) == ("web-2", 2, 64, "quiet")
+    assert vm.labels == {"env": "prod"}
+    assert cli.json("vm", "set", "web-2", "--no-labels")["labels"] == {}
+    assert vm.vcpus == 2
+
+
+def test_set_of_nothing_or_of_what_cannot_be_is_a_usage_error(cli: Cli) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian")
+    for words in ([], ["--vcpus", "0"], ["--label", "x"], ["--label", "a=b", "--no-labels"]):
+        assert cli.run("vm", "set", "web-1", *words, code=2).stderr.startswith("hostel: ")
+    (vm,) = cli.live.service.vms.values()
+    assert vm.version == 1
+
+
+def test_disk_is_grown(cli: Cli) -> None:
+    cli.run(*CREATE)
+    assert cli.run("vm", "grow-disk", "web-1", "root", "8").stdout == "disk root is 8 MiB\n"
+    (vm,) = cli.live.service.vms.values()
+    assert vm.disks[0].size_bytes == 8 << 20
+    assert "disk_not_found" in cli.run("vm", "grow-disk", "web-1", "none", "8", code=1).stderr
+    cli.run("vm", "grow-disk", "web-1", "root", "0", code=2)
+
+
 def test_create_prints_the_vm_as_json(cli: Cli) -> None:
     vm = cli.json(*CREATE, "--label", "env=prod", "--cmdline", "quiet")
     assert (vm["name"], vm["labels"], vm["cmdline"]) == ("web-1", {"env": "prod"}, "quiet")
@@ -405,6 +433,25 @@ def test_piped_console_types_its_input_and_leaves(cli: Cli) -> None:
     )
     assert run.stderr == b""
     cli.live.wait_until(lambda: bytes(*cli.live.service.typed.values()) == b"ls\n")
+
+
+def test_console_types_a_whole_file_and_shows_the_answer(cli: Cli, tmp_path: Path) -> None:
+    cli.run(*CREATE)
+    cli.live.service.does_echo = True
+    file = tmp_path / "input"
+    file.write_bytes(b"ls\n" * 5000)
+    with file.open("rb") as source:
+        run = subprocess.run(
+            command("vm", "console", "web-1"),
+            stdin=source,
+            env=environ(cli),
+            cwd=ROOT,
+            capture_output=True,
+            timeout=DEADLINE_S,
+            check=True,
+        )
+    assert bytes(*cli.live.service.typed.values()) == b"ls\n" * 5000
+    assert run.stdout == b"ls\n" * 5000
 
 
 def test_console_of_a_missing_vm_is_exit_1(cli: Cli) -> None:

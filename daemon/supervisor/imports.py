@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from .dirs import Layout
 from .library import Library
 from .operations import Job
 from .records import KernelRecord, now
+from .store import StoreFull
 from .vm_table import VmTable
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 # A request's body comes in pieces of up to 64 KiB; a thread takes it in larger ones.
 PIECE_BYTES: Final = 1 << 20
 IMPORTS_AT_ONCE: Final = 2
+
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
 ImageKind = Literal["disk", "initrd"]
 KernelWork = Callable[[Job], Awaitable[Kernel]]
@@ -68,7 +72,13 @@ class Importer:
             count = await asyncio.to_thread(sweep_staging, directory)
             if count:
                 log.info("staging swept directory=%s count=%d", directory, count)
-            self._doomed |= {(directory, path.name) for path in directory.iterdir()}
+            doomed = await self._library.doomed(self._kind_of(directory))
+            self._doomed |= {(directory, sha256) for sha256 in doomed if _SHA256.fullmatch(sha256)}
+            for path in directory.iterdir():
+                # The database may be new, or restored from a backup: what it does not know may
+                # well be all that somebody has.
+                if path.name not in doomed and not self._uses_of(directory, path.name):
+                    log.warning("no kernel or image stands for this, kept path=%s", path)
         await self._remove_doomed()
 
     async def _remove_doomed(self) -> None:
@@ -76,8 +86,15 @@ class Importer:
         async with self._removing:
             while self._doomed and not self._running:
                 directory, sha256 = self._doomed.pop()
-                if not self._uses_of(directory, sha256):
+                if not self._uses_of(directory, sha256) and (directory / sha256).exists():
                     await asyncio.to_thread(remove_stored, directory, sha256)
+                try:
+                    await self._library.forget_doomed(self._kind_of(directory), sha256)
+                except StoreFull as err:
+                    log.warning("looked at again at the next start path=%s error=%s", sha256, err)
+
+    def _kind_of(self, directory: Path) -> str:
+        return "kernel" if directory == self._layout.kernels else "image"
 
     def _uses_of(self, directory: Path, sha256: str) -> int:
         if directory == self._layout.kernels:
@@ -183,6 +200,7 @@ class Importer:
             ApiError: there is none, or it is in use.
         """
         kernel = self._library.kernels.get(ref)
+        self._library.kernels.check_idle(kernel)
         users = [e.record.name for e in self._table if e.record.kernel_id == kernel.id]
         _check_unused("kernel", kernel.name, users)
         await self._library.kernels.remove(kernel, call.actor)
@@ -280,6 +298,7 @@ class Importer:
             ApiError: there is none, or it is in use.
         """
         image = self._library.images.get(ref)
+        self._library.images.check_idle(image)
         users = [
             entry.record.name
             for entry in self._table
@@ -305,7 +324,7 @@ async def _fill(sink: importer.UploadSink, body: AsyncIterator[bytes]) -> None:
         if size_bytes:
             await asyncio.to_thread(sink.write, b"".join(pieces))
     except BaseException:
-        sink.abort()
+        await asyncio.shield(asyncio.to_thread(sink.abort))
         raise
 
 

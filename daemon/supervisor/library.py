@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
+from collections import Counter
+from collections.abc import Iterator
 from typing import Final, Generic, Literal, TypeVar
 
 from api.errors import Conflict, Invalid, NotFound
@@ -44,6 +47,41 @@ class Shelf(Generic[M]):
         self._by_id: dict[str, M] = {}
         self._by_name: dict[str, M] = {}
         self._reserved: set[str] = set()
+        # Ids of those that a VM being made or changed is about to use, and of those on their way
+        # out: between looking and committing other tasks run.
+        self._held: Counter[str] = Counter()
+        self._leaving: set[str] = set()
+
+    def hold(self, item_id: str, field: str) -> None:
+        """Keep an object from being deleted until drop().
+
+        Raises:
+            Invalid: it has gone since it was found.
+        """
+        if item_id not in self._by_id or item_id in self._leaving:
+            raise Invalid(
+                f"{self.kind}_not_found", f"the {self.kind} has just been deleted", field=field
+            )
+        self._held[item_id] += 1
+
+    def drop(self, item_id: str) -> None:
+        """End one hold()."""
+        self._held[item_id] -= 1
+        self._held += Counter()  # without those at zero
+
+    def check_idle(self, item: M) -> None:
+        """Refuse to delete what is held, or is being deleted.
+
+        Raises:
+            Conflict: it is held.
+            NotFound: it is on its way out.
+        """
+        if item.id in self._leaving:
+            raise NotFound(f"{self.kind}_not_found", f"no {self.kind} {item.name}")
+        if self._held[item.id]:
+            raise Conflict(
+                "in_use", f"{self.kind} {item.name} is used by a VM that is being made or changed"
+            )
 
     def add(self, item: M) -> None:
         """Put an object that is in the database into memory."""
@@ -69,7 +107,7 @@ class Shelf(Generic[M]):
             Invalid: there is none; carries ``field``.
         """
         item = self._by_id.get(ref) or self._by_name.get(ref)
-        if item is None:
+        if item is None or item.id in self._leaving:
             raise Invalid(
                 f"{self.kind}_not_found", f"no {self.kind} {ref}; import it first", field=field
             )
@@ -128,13 +166,25 @@ class Shelf(Generic[M]):
         """
         statement = Statement(_DELETE[self.kind], (item.id,))
         event = NewEvent(f"{self.kind}.deleted", self.ref(item), actor)
-        await self._store.commit(statement, events=[event])
+        self._leaving.add(item.id)
+        try:
+            await self._store.commit(statement, note_doomed(self.kind, item.sha256), events=[event])
+        finally:
+            self._leaving.discard(item.id)
         self._by_id.pop(item.id, None)
         self._by_name.pop(item.name, None)
 
     def ref(self, item: M) -> ObjectRef:
         """Return an object as events name it."""
         return ObjectRef(kind=self.kind, id=item.id, name=item.name)
+
+
+def note_doomed(kind: str, sha256: str) -> Statement:
+    """Note that hosteld itself has taken the last step but one: the bytes may go."""
+    return Statement(
+        "INSERT INTO meta (key, value) VALUES (?, '') ON CONFLICT (key) DO NOTHING",
+        (f"doomed/{kind}/{sha256}",),
+    )
 
 
 class Library:
@@ -177,6 +227,44 @@ class Library:
     async def insert_image(self, image: Image, actor: str) -> None:
         """Commit a new image; raises as insert_kernel()."""
         await self.images.insert(image, image.model_dump_json(), actor)
+
+    @contextlib.contextmanager
+    def holding(self, record: VmRecord) -> Iterator[None]:
+        """Keep all that a VM boots and is copied from, until the table holds the VM itself.
+
+        Raises:
+            Invalid: some of it has gone.
+        """
+        wanted: list[tuple[Shelf[Kernel] | Shelf[Image], str | None, str]] = [
+            (self.kernels, record.kernel_id, "kernel"),
+            (self.images, record.initrd_id, "initrd"),
+            *((self.images, disk.image_id, "disks") for disk in record.disks),
+        ]
+        with contextlib.ExitStack() as stack:
+            for shelf, item_id, field in wanted:
+                if item_id is not None:
+                    shelf.hold(item_id, field)
+                    stack.callback(shelf.drop, item_id)
+            yield
+
+    async def doomed(self, kind: str) -> set[str]:
+        """Return the sha256 of what a delete has left to be removed.
+
+        Raises:
+            StoreFull: the database cannot be read.
+        """
+        prefix = f"doomed/{kind}/"
+        rows = await self._store.fetch("SELECT key FROM meta WHERE key GLOB ?", (prefix + "*",))
+        return {str(key).removeprefix(prefix) for (key,) in rows}
+
+    async def forget_doomed(self, kind: str, sha256: str) -> None:
+        """Note that the bytes have gone, or are used again.
+
+        Raises:
+            StoreFull: they are looked at again at the next start.
+        """
+        key = f"doomed/{kind}/{sha256}"
+        await self._store.commit(Statement("DELETE FROM meta WHERE key = ?", (key,)))
 
     def names(self) -> dict[str, str]:
         """Return names of kernels and images by id."""

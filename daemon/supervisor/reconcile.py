@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from api.errors import ApiError
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 # A worker answers its status in well under a millisecond; a stopped or swapped-out one does not.
 STATUS_TIMEOUT_S: Final = 3.0
 PROBE_INTERVAL_S: Final = 5.0
+_VM_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(slots=True)
@@ -83,7 +87,7 @@ class Reconciler:
         rows = await store.fetch("SELECT value FROM meta WHERE key = 'boot_id'")
         self._has_rebooted = bool(rows) and rows[0][0] != present
         known = {entry.record.id for entry in self._table}
-        found = {path.name for path in (self._layout.runtime / "vms").iterdir()}
+        found = {path.name for path in _ours(self._layout.runtime / "vms")}
         await asyncio.gather(
             *(self._reconcile(entry) for entry in list(self._table)),
             *(self._end_leftover(vm_id) for vm_id in found - known),
@@ -235,13 +239,22 @@ class Reconciler:
         Disks are copied after their VM is committed, so these belong to a VM that the database
         once had: it may have been restored from a backup, and they are somebody's data.
         """
-        for path in (self._layout.state / "vms").iterdir():
+        for path in _ours(self._layout.state / "vms"):
             if path.name in known:
                 continue
             if (path / "disks").exists():
                 log.warning("disks without VM, remove them by hand path=%s", path)
             else:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _ours(directory: Path) -> Iterator[Path]:
+    """Yield the directories that have the id of a VM for a name; nothing else is ours to remove."""
+    for path in directory.iterdir():
+        if _VM_ID.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            yield path
+        else:
+            log.warning("left alone, it is none of hosteld's path=%s", path)
 
 
 async def _note_boot(store: Store, boot_id: str) -> None:

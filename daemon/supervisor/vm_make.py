@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 from collections.abc import Awaitable, Callable
@@ -76,16 +77,25 @@ class VmMaker:
             ApiError: it cannot be fulfilled.
         """
         self._table.reserve(wanted.name)
+        held = contextlib.ExitStack()
         try:
             record = await self._planner.plan_create(wanted)
+            held.enter_context(self._library.holding(record))
         except BaseException:
             self._table.release(wanted.name)
             raise
         about = ObjectRef(kind="vm", id=record.id, name=record.name)
         job = Job("vm.create", about, may_cancel=any(disk.is_own for disk in record.disks))
-        return job, partial(self._create, record, wanted.start, request)
+        return job, partial(self._create, record, held, wanted.start, request)
 
-    async def _create(self, record: VmRecord, start: bool, request: Request, job: Job) -> Vm:
+    async def _create(
+        self,
+        record: VmRecord,
+        held: contextlib.ExitStack,
+        start: bool,
+        request: Request,
+        job: Job,
+    ) -> Vm:
         try:
             if job.may_cancel:
                 entry = await self._create_with_disks(record, start, request, job)
@@ -95,6 +105,7 @@ class VmMaker:
                 entry = VmEntry(record)
                 await self._table.insert(entry, request.actor)
         finally:
+            held.close()
             self._table.release(record.name)
         if not start:
             log.info("vm created vm=%s actor=%s", record.name, request.actor)
@@ -167,6 +178,9 @@ class VmMaker:
         Raises:
             ApiError: its state does not allow it, or a value is wrong.
         """
+        if entry.lock.locked():
+            # Its state may stay what it is for minutes: who would be refused then is refused now.
+            self._planner.plan_patch(entry, patch)
         async with entry.lock:
             entry.check_present()
             entry.check_version(request.if_match)
@@ -180,7 +194,8 @@ class VmMaker:
                 self._table.reserve(new_name)
             try:
                 event = entry.event("updated", request.actor, fields=sorted(changes))
-                await self._table.commit(entry, event, **changes)
+                with self._library.holding(replace(entry.record, **changes, disks=())):
+                    await self._table.commit(entry, event, **changes)
             finally:
                 if new_name is not None:
                     self._table.release(new_name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import uuid
 from collections.abc import Iterator
 from functools import partial
@@ -153,6 +154,7 @@ class Planner:
             field = f"disks.{index}.path"
             look = partial(disks.inspect, disk.path, field, read_only=disk.read_only)
             found = await asyncio.to_thread(look)
+            self._check_foreign(disk.path, field)
             twin = seen.setdefault(found.identity, disk)
             if twin is not disk and not (twin.read_only and disk.read_only):
                 raise Invalid(
@@ -164,6 +166,16 @@ class Planner:
                 DiskRecord(disk.id, disk.path, None, False, disk.read_only, found.size_bytes)
             )
         return tuple(records)
+
+    def _check_foreign(self, path: str, field: str) -> None:
+        """Refuse hosteld's own files, by whatever path: the database, images, other VMs' disks."""
+        state = os.path.realpath(self._layout.state)
+        if os.path.commonpath([state, os.path.realpath(path)]) == state:
+            raise Invalid(
+                "disk_in_state_dir",
+                f"{path} lies in hosteld's own directory {state}: move it, or import it",
+                field=field,
+            )
 
     def _image_disk(self, vm_id: str, disk: DiskCreate, index: int) -> DiskRecord:
         assert disk.image is not None

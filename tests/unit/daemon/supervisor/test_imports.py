@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import sqlite3
 from collections.abc import AsyncIterator
 
 import pytest
@@ -184,18 +186,79 @@ def test_a_stopping_daemon_cancels_imports(
     harness.run(scenario)
 
 
-def test_bytes_without_a_name_are_swept_at_start(harness: Harness) -> None:
+def test_at_start_only_what_a_delete_has_left_is_removed(harness: Harness) -> None:
+    left, foreign = "e" * 64, "f" * 64
+
     async def first(_: Supervisor) -> None:
-        await harness.kernel("k")
+        await harness.kernel()
 
     async def second(supervisor: Supervisor) -> None:
-        assert len(stored(harness)) == 1
         assert (await supervisor.get_kernel("k")).name == "k"
 
     harness.run(first)
-    (harness.layout.images / ("f" * 64)).mkdir()
-    (harness.layout.images / ".staging-dead").mkdir()
+    for name in (left, foreign, "notes", ".staging-dead"):
+        (harness.layout.images / name).mkdir()
+    with contextlib.closing(sqlite3.connect(harness.layout.database)) as db, db:
+        db.execute("INSERT INTO meta (key, value) VALUES (?, '')", (f"doomed/image/{left}",))
     harness.run(second)
+    assert sorted(path.name for path in harness.layout.images.iterdir()) == [foreign, "notes"]
+
+
+def test_an_empty_database_takes_no_kernel_with_it(harness: Harness) -> None:
+    async def first(_: Supervisor) -> None:
+        await harness.kernel()
+
+    async def nothing(_: Supervisor) -> None:
+        pass
+
+    harness.run(first)
+    for path in harness.layout.state.glob("hostel.db*"):
+        path.unlink()
+    harness.run(nothing)
+    assert len(list(harness.layout.kernels.iterdir())) == 1
+
+
+def test_a_kernel_that_a_vm_is_about_to_use_is_not_deleted(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.kernel()
+        for number in range(20):
+            name = f"a{number}"
+            created, _ = await asyncio.gather(
+                harness.create(name), supervisor.delete_kernel("k", CALL), return_exceptions=True
+            )
+            kernels = {kernel.name for kernel in (await harness.kernels()).items}
+            if isinstance(created, BaseException):
+                assert isinstance(created, Invalid)
+                assert "k" not in kernels
+                await harness.kernel()
+            else:
+                assert "k" in kernels
+                await supervisor.delete_vm(name, False, CALL)
+
+    harness.run(scenario)
+
+
+def test_what_is_held_cannot_be_deleted_and_what_is_leaving_cannot_be_held(
+    harness: Harness,
+) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.kernel()
+        shelf = supervisor._library.kernels
+        kernel = shelf.get("k")
+        shelf.hold(kernel.id, "kernel")
+        with pytest.raises(Conflict, match="being made"):
+            await supervisor.delete_kernel("k", CALL)
+        shelf.drop(kernel.id)
+        deleting = asyncio.create_task(supervisor.delete_kernel("k", CALL))
+        while not shelf._leaving:  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(0)
+        with pytest.raises(Invalid):
+            shelf.hold(kernel.id, "kernel")
+        with pytest.raises(Invalid):
+            shelf.resolve("k", "kernel")
+        await deleting
+
+    harness.run(scenario)
 
 
 def test_imports_at_once_and_a_delete_between_lose_nothing(harness: Harness) -> None:

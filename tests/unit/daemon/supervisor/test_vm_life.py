@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from api.errors import Conflict, HostFailure, NotFound, PreconditionFailed
+from api.errors import Conflict, HostFailure, Invalid, NotFound, PreconditionFailed
 from api.models.resources import Operation, OperationState
 from api.models.vms import StopRequest, Vm, VmAction, VmPatch, VmState
 from api.ports import Call
@@ -435,5 +435,32 @@ def test_counters_of_the_wrong_type_are_the_workers_failure(harness: Harness) ->
             await supervisor.vm_stats("a")
         assert caught.value.code == "worker_protocol"
         assert b"hostel_scrape_failures 1.0" in await supervisor.metrics()
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_disk_within_hostelds_own_directory_is_refused(harness: Harness, is_link: bool) -> None:
+    async def scenario(_: Supervisor) -> None:
+        path = harness.layout.database
+        if is_link:
+            path = harness.path / "link"
+            path.symlink_to(harness.layout.database)
+        with pytest.raises(Invalid) as caught:
+            await harness.create("a", disks=[{"id": "root", "path": str(path)}])
+        assert caught.value.code == "disk_in_state_dir"
+
+    harness.run(scenario)
+
+
+def test_a_change_that_a_stop_under_way_forbids_is_refused_at_once(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", "ignore-button")
+        stop = StopRequest(timeout_s=600, force=False)
+        await supervisor.act_on_vm("a", VmAction.STOP, stop, Call("test", wait_s=0))
+        await harness.until("a", lambda vm: vm.state is VmState.STOPPING)
+        with pytest.raises(Conflict):
+            await supervisor.patch_vm("a", VmPatch(vcpus=2), CALL)
+        await harness.act(VmAction.KILL)
 
     harness.run(scenario)

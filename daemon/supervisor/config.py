@@ -219,6 +219,11 @@ def listen_address(listen: str) -> tuple[str, int]:
         ) from err
     if not colon or not 0 <= port <= 65535:
         raise ConfigError(f"listen = {listen!r}: the port must be 0 to 65535")
+    if address.is_loopback and str(address) not in ("127.0.0.1", "::1"):
+        raise ConfigError(
+            f"listen = {listen!r}: must be 127.0.0.1, ::1 or localhost; the API refuses requests"
+            " for any other host, as a defence against DNS rebinding"
+        )
     if not address.is_loopback:
         raise ConfigError(
             f"listen = {listen!r}: must be a loopback address, since this version speaks no TLS and"

@@ -15,6 +15,8 @@ from typing import Final, TextIO
 
 current_vm: ContextVar[str | None] = ContextVar("current_vm", default=None)
 
+_context: dict[str, ContextVar[str]] = {}
+
 # sd-daemon(3): a line that starts with <N> has syslog priority N.
 _PRIORITIES: Final = {
     logging.CRITICAL: 2,
@@ -56,10 +58,19 @@ class LineFormatter(logging.Formatter):
         if vm is not None and " vm=" not in text:
             first, newline, rest = text.partition("\n")
             text = f"{first} vm={quote(vm)}{newline}{rest}"
+        for key, variable in _context.items():
+            if value := variable.get(""):
+                first, newline, rest = text.partition("\n")
+                text = f"{first} {key}={quote(value)}{newline}{rest}"
         if not self._is_journal:
             return text
         prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
         return "\n".join(prefix + line for line in text.split("\n"))
+
+
+def tell(key: str, variable: ContextVar[str]) -> None:
+    """Have every line end with ``key=`` and the variable's value, where that is not empty."""
+    _context[key] = variable
 
 
 def setup(level: str, stream: TextIO | None = None, *, is_journal: bool) -> None:

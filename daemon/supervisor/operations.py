@@ -75,8 +75,8 @@ class Job:
             self._log.append(line)
 
     def finish(self, result: BaseModel | None, error: ApiError | None) -> None:
-        """Settle the job; the first call counts."""
-        if self.done.is_set():
+        """Settle the job, the first call counts; ``done`` is set once that is written down."""
+        if self._finished_at is not None:
             return
         self._finished_at = now()
         self._result, self._error = result, error
@@ -86,7 +86,6 @@ class Job:
             self._state = OperationState.CANCELLED
         else:
             self._state = OperationState.FAILED
-        self.done.set()
 
     def outcome(self) -> BaseModel | None:
         """Return the result of a settled job.
@@ -109,7 +108,7 @@ class Job:
             result=None if self._result is None else self._result.model_dump(mode="json"),
             error=None if self._error is None else self._error.problem(),
             log=list(self._log),
-            may_cancel=self.may_cancel and not self.done.is_set(),
+            may_cancel=self.may_cancel and self._finished_at is None,
             created_at=self.created_at,
             finished_at=self._finished_at,
         )
@@ -181,8 +180,11 @@ class Operations:
             job.finish(None, faults.translate(err, f"{job.kind} {job.about.name}"))
         finally:
             self._running.discard(job)
-            if job.is_exposed:
-                await self._settle(job)
+            try:
+                if job.is_exposed:
+                    await self._settle(job)
+            finally:
+                job.done.set()
 
     async def _expose(self, job: Job) -> None:
         job.is_exposed = True
@@ -192,12 +194,12 @@ class Operations:
         await self._persist(job)
 
     async def _settle(self, job: Job) -> None:
+        await self._persist(job)
         self._jobs.pop(job.id, None)
         self._ended[job.id] = (job.seq, job.model())
         excess = len(self._ended) - self._kept
         for operation_id in list(self._ended)[: max(0, excess)]:
             del self._ended[operation_id]
-        await self._persist(job)
 
     async def _persist(self, job: Job) -> None:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import grp
+import importlib
 import logging
 import os
 import signal
@@ -21,10 +22,12 @@ from typing import Final
 import uvloop
 
 from api.app import create_app
+from api.problem import request_id
 from api.server import serve as serve_http
 
 from ..images.errors import StorageError
 from ..zygote import ZygoteHandle
+from . import log as logs
 from . import sdnotify
 from .config import Config, ConfigError, listen_address, socket_mode
 from .dirs import Layout
@@ -85,6 +88,9 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     tasks = Tasks()
     zygote = ZygoteClient(handle.sock, handle.pid, tasks)
+    logs.tell("request", request_id)
+    # Now, and not with the first request: it brings the KVM binding along.
+    importlib.import_module("daemon.worker.boot")
     with _sockets(config, inherited) as (unix_socket, tcp_socket):
         supervisor = Supervisor(config, layout, zygote, tasks, hostel_version())
         try:
@@ -198,8 +204,7 @@ def bind_tcp(listen: str) -> socket.socket:
     """Bind and listen on a loopback address.
 
     Raises:
-        ConfigError: not a loopback address.
-        OSError: as bind(2).
+        ConfigError: not a loopback address, or it is taken.
     """
     host, port = listen_address(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -208,8 +213,8 @@ def bind_tcp(listen: str) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
         sock.listen(BACKLOG)
-    except OSError:
+    except OSError as err:
         sock.close()
-        raise
+        raise ConfigError(f"listen = {listen!r}: {err.strerror}") from err
     log.info("listening on tcp address=%s port=%d", host, sock.getsockname()[1])
     return sock

@@ -63,6 +63,7 @@ class ZygoteClient:
         self._tasks = tasks
         self._respawn = respawn or spawn_zygote
         self._exits: dict[int, asyncio.Future[int]] = {}
+        self._pid = pid
         self._is_closing = False
         self._failures = 0
         self._restart: asyncio.Task[None] | None = None
@@ -70,7 +71,7 @@ class ZygoteClient:
 
     @property
     def pid(self) -> int:
-        """Process id of the present zygote."""
+        """Process id of the present zygote, 0 while there is none."""
         return self._pid
 
     async def fork(self, vm_id: str, fds: tuple[int, ...]) -> Forked:
@@ -103,7 +104,13 @@ class ZygoteClient:
         if self._restart is not None:
             self._restart.cancel()
         self._channel.close()
-        await asyncio.to_thread(_reap, self._pid)
+        await self._reap()
+
+    async def _reap(self) -> None:
+        # Forgotten first: once it is collected the pid may become another process's.
+        pid, self._pid = self._pid, 0
+        if pid:
+            await asyncio.to_thread(_reap, pid)
 
     def _attach(self, sock: socket.socket, pid: int) -> None:
         self._pid = pid
@@ -159,7 +166,7 @@ class ZygoteClient:
 
     async def _run_replacement(self) -> None:
         try:
-            await asyncio.to_thread(_reap, self._pid)
+            await self._reap()
             if self._failures > 1:
                 exponent = min(self._failures, MAX_RESTARTS) - 2
                 await asyncio.sleep(FIRST_BACKOFF_S * 2**exponent)

@@ -131,3 +131,8 @@ def test_a_short_token_is_refused_without_telling_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds 6 characters") as caught:
         read_token(_token(tmp_path, "secret", 0o600))
     assert "secret" not in str(caught.value)
+
+
+def test_a_loopback_address_that_the_api_would_refuse_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"must be 127\.0\.0\.1, ::1 or localhost"):
+        listen_address("127.0.0.2:80")

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextvars import ContextVar
 
 import pytest
 
+from daemon.supervisor import log
 from daemon.supervisor.log import LineFormatter, current_vm, quote
 
 
@@ -62,3 +64,15 @@ def test_the_journal_gets_a_priority_on_every_line_and_no_time() -> None:
     assert lines[0] == "<4>daemon.x WARNING failed"
     assert len(lines) > 2
     assert all(line.startswith("<4>") for line in lines)
+
+
+def test_a_line_carries_the_request_that_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_context", {})
+    request: ContextVar[str] = ContextVar("request", default="")
+    log.tell("request", request)
+    line = logging.LogRecord("n", logging.INFO, "p", 1, "it happened", (), None)
+    formatter = log.LineFormatter(is_journal=True)
+    assert formatter.format(line) == "<6>n INFO it happened"
+    request.set("r-1")
+    assert formatter.format(line) == "<6>n INFO it happened request=r-1"
+    request.set("")

@@ -210,3 +210,12 @@ def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
 def test_sockets_of_systemd_are_taken_for_this_process() -> None:
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "0"}
     assert sdnotify.listen_fds(environ) == ()
+
+
+def test_a_tcp_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=address):
+            run.bind_tcp(address)

@@ -31,7 +31,7 @@ from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
 from devices.virtio.rng import VirtioRng
 from kvm_ffi import exits, x86_64
-from kvm_ffi.blk_engine import SECTOR_BYTES, SERIAL_BYTES
+from kvm_ffi.blk_engine import SECTOR_BYTES
 from kvm_ffi.errors import KvmError
 from kvm_ffi.exits import ExitTable
 from kvm_ffi.irq_routing import IrqRouter
@@ -347,9 +347,9 @@ _DeviceMaker = Callable[[int], VirtioDevice]
 def _virtio_devices(spec: MachineSpec, fds: MachineFds) -> Iterator[tuple[_DeviceMaker, int]]:
     """Yield how to make each device, and the descriptor behind it (-1: none), in slot order."""
     for disk in spec.disks:
-        serial = f"{spec.vm_id[:8]}-{disk.id}"[:SERIAL_BYTES]
+        # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
         make_blk = partial(
-            VirtioBlk, disk.id, path=disk.id, is_read_only=disk.read_only, serial=serial
+            VirtioBlk, disk.id, path=disk.id, is_read_only=disk.read_only, serial=disk.id
         )
         yield make_blk, fds[disk.fd]
     for nic in spec.nics:

@@ -256,7 +256,7 @@ class Machine:
         """Let devices and vCPUs go on."""
         for device in self._virtio.values():
             device.resume()
-        self._vcpus.run()
+        self._vcpus.run_after_pause()
 
     def stop(self) -> None:
         """Park the vCPUs for good; the console's last output can still be read."""

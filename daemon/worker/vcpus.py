@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import threading
@@ -13,6 +14,7 @@ from typing import Final, Protocol
 
 from devices.bus import Bus
 from kvm_ffi import exits
+from kvm_ffi.errors import KvmError
 from kvm_ffi.host_process import name_thread
 from kvm_ffi.vcpu import Vcpu
 
@@ -84,6 +86,18 @@ class VcpuThreads:
         with self._changed:
             self._gate = _Gate.RUN
             self._changed.notify_all()
+
+    def run_after_pause(self) -> None:
+        """Let every vCPU run, and tell each guest CPU that it was stopped.
+
+        Without that a guest takes the pause for a lockup of its own and says so.
+
+        Source: Linux Documentation/virt/kvm/api.rst 4.68 KVM_KVMCLOCK_CTRL.
+        """
+        for vcpu in self._vcpus:
+            with contextlib.suppress(KvmError):  # EINVAL: this vCPU's guest uses no kvmclock
+                vcpu.kvmclock_ctrl()
+        self.run()
 
     def request_park(self) -> None:
         """Have every vCPU leave the guest and park; does not wait.

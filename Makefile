@@ -72,11 +72,12 @@ test-fuzz: build
 test-kvm: build
 	$(PYTEST) tests/kvm
 
-# In the lab, which is a full host wherever this runs; never skipped there.
+# In the lab, which is a full host wherever this runs; never skipped there. On one emulated CPU:
+# QEMU does not get every race of two right, and a test must not fail for that.
 test-guest: build guest
 	@echo "running tests/guest in the lab, an emulated AMD-V host"
 	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) \
-	   lab/lab run -m 4096 -t 1800 -- $(PYTEST) tests/guest
+	   lab/lab run -c 1 -m 4096 -t 2700 -- $(PYTEST) -v tests/guest
 
 # --- the main job, by hand and by eye
 

@@ -338,6 +338,9 @@ class Demo:
     def show_failure(self, err: Exception) -> None:
         """Print what failed, and what hosteld and the guest said last."""
         say(f"\ndemo: FAILED at '{self.step_name}': {err}")
+        # May well fail too, and must not hide what failed first.
+        with contextlib.suppress(DemoFailed):
+            self.show(self.call("/vms/demo"), "state", "reason")
         say("hosteld's last lines:")
         for line in self.hosteld.log_tail(15).split(" | "):
             say(f"  {line}")

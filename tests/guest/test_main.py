@@ -58,9 +58,8 @@ def main(hostel: Hostel, guest: Guest, files: dict[str, Path]) -> Iterator[Linux
         },
     )
     main = LinuxGuest(hostel, guest, "main")
-    main.start()
-    yield main
-    main.delete()
+    with main.running():
+        yield main
 
 
 def test_it_boots_from_its_disk_and_times_its_boot(main: LinuxGuest) -> None:

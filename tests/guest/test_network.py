@@ -41,12 +41,11 @@ def net(hostel: Hostel, guest: Guest) -> Iterator[LinuxGuest]:
         },
     )
     net = LinuxGuest(hostel, guest, "net")
-    net.start("a shell in the initramfs")
-    for words in (f"addr add {HOST}/24 dev {TAP}", f"link set {TAP} up"):
-        subprocess.run(["ip", *words.split()], check=True)
-    net.ask(f"ip addr add {ADDRESS}/24 dev eth0; ip link set eth0 up")
-    yield net
-    net.delete()
+    with net.running("a shell in the initramfs"):
+        for words in (f"addr add {HOST}/24 dev {TAP}", f"link set {TAP} up"):
+            subprocess.run(["ip", *words.split()], check=True)
+        net.ask(f"ip addr add {ADDRESS}/24 dev eth0; ip link set eth0 up")
+        yield net
 
 
 def test_the_guest_has_its_address_and_mtu(net: LinuxGuest) -> None:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lab.guests import Guest
@@ -38,6 +40,15 @@ class LinuxGuest:
     def vm(self) -> Json:
         """The VM as the API shows it."""
         return self.hostel.api.vm(self.name)
+
+    @contextlib.contextmanager
+    def running(self, ready: str | None = None) -> Iterator[None]:
+        """Start the VM, take its shell, and delete it in the end, also if it does not come up."""
+        try:
+            self.start(ready)
+            yield
+        finally:
+            self.delete()
 
     def start(self, ready: str | None = None) -> None:
         """Start the VM and take its shell."""

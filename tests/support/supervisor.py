@@ -140,7 +140,9 @@ class Harness:
 
     def worker_pids(self) -> list[int]:
         """Return the fake workers that have this harness's files open."""
-        done = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, check=True, text=True)
+        done = subprocess.run(
+            ["ps", "-ww", "-eo", "pid,args"], capture_output=True, check=True, text=True
+        )
         pids = [
             int(line.split()[0]) for line in done.stdout.splitlines() if FAKE_ZYGOTE.name in line
         ]

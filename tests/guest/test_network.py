@@ -27,6 +27,9 @@ PAYLOAD = bytes(i * 7 & 0xFF for i in range(4 << 20))
 LIMIT_S = 120.0
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def net(hostel: Hostel, guest: Guest) -> Iterator[LinuxGuest]:
     hostel.api.post(

@@ -107,6 +107,10 @@ class Engine(abc.ABC):
         """Make run() return after the request in hand, also a quiesced one; does not wait."""
         lib.engine_gate_stop(self._gate())
 
+    def wake(self) -> None:
+        """Have run() look around, after something that it waits for has changed."""
+        lib.engine_gate_wake(self._gate())
+
     def close(self) -> None:
         """Free the engine; every later call raises ValueError.
 

@@ -60,6 +60,12 @@ bool engine_gate_is_running(struct engine_gate *gate);
 void engine_signal_fd(int fd);
 void engine_drain_fd(int fd);
 
+/* Have the engine look around: something that it waits for has changed. Any thread. */
+static inline void engine_gate_wake(struct engine_gate *gate)
+{
+	engine_signal_fd(gate->wake_fd);
+}
+
 /* Counters have one writer, the engine; other threads read them at any time. */
 static inline void engine_count(uint64_t *counter, uint64_t n)
 {

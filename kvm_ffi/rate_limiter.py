@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Rate limits of a device: a token bucket for bytes and one for operations.
+
+The C side is csrc/token_bucket.c; engines take tokens from it without the GIL.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from ._kvm import ffi, lib
+
+if TYPE_CHECKING:
+    from ._kvm import CData
+
+MAX_RATE: Final = lib.TOKEN_BUCKET_MAX_RATE
+"""Most bytes or operations per second that can be asked for."""
+MAX_BURST: Final = lib.TOKEN_BUCKET_MAX_BURST
+"""Most bytes or operations that a bucket can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """What a device may do; 0 is no limit.
+
+    Attributes:
+        bytes_per_s: up to MAX_RATE.
+        bytes_burst: what a device that was idle may do at once, up to MAX_BURST; 0 is a tenth of
+            a second's worth, and less than a hundredth counts as a hundredth.
+        ops_per_s: requests, or packets.
+        ops_burst: likewise.
+    """
+
+    bytes_per_s: int = 0
+    bytes_burst: int = 0
+    ops_per_s: int = 0
+    ops_burst: int = 0
+
+
+UNLIMITED: Final = RateLimit()
+
+
+class RateLimiter:
+    """The buckets of one device, shared by its engines.
+
+    Threads: any.
+    """
+
+    def __init__(self, limit: RateLimit = UNLIMITED) -> None:
+        self._c = ffi.gc(_make(), lib.rate_limiter_deinit)
+        self._limit = UNLIMITED
+        self.set(limit)
+
+    @property
+    def raw(self) -> CData:
+        """The `struct rate_limiter *`, for an engine's configuration."""
+        return self._c
+
+    @property
+    def limit(self) -> RateLimit:
+        """What was set last."""
+        return self._limit
+
+    def set(self, limit: RateLimit) -> None:
+        """Change the limits; wake the engines that wait for the old ones then.
+
+        Raises:
+            ValueError: a rate or a burst is not in its range.
+        """
+        for name in ("bytes_per_s", "ops_per_s"):
+            _check(name, getattr(limit, name), MAX_RATE)
+        for name in ("bytes_burst", "ops_burst"):
+            _check(name, getattr(limit, name), MAX_BURST)
+        config = ffi.new("struct rate_limit *")
+        config.bytes_per_s, config.bytes_burst = limit.bytes_per_s, limit.bytes_burst
+        config.ops_per_s, config.ops_burst = limit.ops_per_s, limit.ops_burst
+        ret = lib.rate_limiter_set(self._c, config, time.monotonic_ns())
+        assert ret == 0  # the ranges above are those of the C code
+        self._limit = limit
+
+
+def _make() -> CData:
+    limiter = ffi.new("struct rate_limiter *")
+    lib.rate_limiter_init(limiter)
+    return limiter
+
+
+def _check(name: str, value: int, maximum: int) -> None:
+    if not 0 <= value <= maximum:
+        raise ValueError(f"{name}={value}: must be 0..{maximum}")

@@ -11,7 +11,8 @@ One JSON object per SOCK_SEQPACKET message, file descriptors beside it by SCM_RI
 
 hosteld asks the zygote:
     fork     {"vm": id}, fds [listener, console, log, last_words] -> {"pid"}, fds [pidfd]
-    and is told: notice exited {"pid", "status"} (a wait status as os.waitpid gives it)
+    and is told: notice hello, once it can fork; notice exited {"pid", "status"} (a wait status as
+    os.waitpid gives it)
 hosteld asks a worker, over its own listening socket (so that a later hosteld finds it again):
     launch        MachineSpec, fds as the spec indexes them -> Status
     status        -> Status

@@ -105,6 +105,7 @@ class Zygote:
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
+            self._send({"notice": "hello", "data": {}})
             while self._serve(selector):
                 pass
 

@@ -25,6 +25,7 @@ from api.app import create_app
 from api.problem import request_id
 from api.server import serve as serve_http
 
+from ..errors import WorkerError
 from ..images.errors import StorageError
 from ..zygote import ZygoteHandle
 from . import log as logs
@@ -42,6 +43,16 @@ log = logging.getLogger(__name__)
 BACKLOG: Final = 1024
 # sockaddr_un.sun_path with its terminating NUL: unix(7).
 MAX_SOCKET_PATH: Final = 107
+# What hosteld cannot run without, or cannot run with: told in one line.
+_FATAL: Final = (
+    ConfigError,
+    StoreError,
+    StoreFull,
+    StorageError,
+    WorkerError,
+    OSError,
+    sqlite3.Error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +81,7 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config, layout, handle, token, inherited))
-    except (ConfigError, StoreError, StoreFull, StorageError, OSError, sqlite3.Error) as err:
+    except _FATAL as err:
         log.critical("hosteld cannot run: %s", err)
         return Served(is_clean=False)
     return Served(is_clean=True)
@@ -96,6 +107,7 @@ async def _serve(
         try:
             sdnotify.notify("STATUS=looking for workers")
             report = await supervisor.start()
+            await zygote.wait_hello()
             app = create_app(supervisor, token=token, version=hostel_version())
             # What is here stays: the collector need not look at it again.
             gc.collect()
@@ -134,10 +146,14 @@ def _sockets(
     unix = next((sock for sock in taken if sock.family == socket.AF_UNIX), None)
     is_ours = unix is None
     unix = unix or bind_unix(config)
+    tcp = None
     try:
         tcp = bind_tcp(config.listen) if config.listen else None
         yield unix, tcp
     finally:
+        for sock in (unix, tcp):
+            if sock is not None:
+                sock.close()
         if is_ours:
             Path(config.socket_path).unlink(missing_ok=True)
 

@@ -25,6 +25,8 @@ from .tasks import Tasks
 log = logging.getLogger(__name__)
 
 FORK_TIMEOUT_S: Final = 30.0
+# To import the worker takes 0.3 s here, and twenty times that on an emulated host.
+HELLO_TIMEOUT_S: Final = 60.0
 # A zygote that dies again and again: wait 0.1 s, 0.2 s ... and leave it after this many; then only
 # a fork that is asked for tries once more.
 MAX_RESTARTS: Final = 6
@@ -67,12 +69,26 @@ class ZygoteClient:
         self._is_closing = False
         self._failures = 0
         self._restart: asyncio.Task[None] | None = None
+        # Set by a zygote's hello, and when there will be none.
+        self._greeted = asyncio.Event()
         self._attach(sock, pid)
 
     @property
     def pid(self) -> int:
         """Process id of the present zygote, 0 while there is none."""
         return self._pid
+
+    async def wait_hello(self) -> None:
+        """Wait until a zygote can fork, this one or one of those that replace it.
+
+        Raises:
+            WorkerError: each of them ended, or said nothing in time.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await self._greeted.wait()
+        if self._is_down or not self._greeted.is_set():
+            raise WorkerError("zygote_gone", "no zygote starts; the log above says why")
 
     async def fork(self, vm_id: str, fds: tuple[int, ...]) -> Forked:
         """Fork a worker with the four descriptors of the protocol; the caller keeps its own.
@@ -128,6 +144,8 @@ class ZygoteClient:
                 self._exits.pop(next(iter(self._exits))).cancel()
 
     def _on_notice(self, notice: str, data: dict[str, Any]) -> None:
+        if notice == "hello":
+            self._greeted.set()
         future = self._exits.get(data.get("pid", -1)) if notice == "exited" else None
         if future is not None and not future.done():
             future.set_result(int(data.get("status", 0)))
@@ -149,6 +167,7 @@ class ZygoteClient:
     def _on_close(self) -> None:
         """Take note of the zygote's death; called by the channel."""
         self._is_down = True
+        self._greeted.clear()
         lived_s = time.monotonic() - self._born
         self._failures = 1 if lived_s > SETTLED_S else self._failures + 1
         log.error("zygote died pid=%d lived_s=%.1f", self._pid, lived_s)
@@ -158,6 +177,8 @@ class ZygoteClient:
         self._exits.clear()
         if self._failures <= MAX_RESTARTS:
             self._replace()
+        else:
+            self._greeted.set()
 
     def _replace(self) -> None:
         """Start a replacement, unless one is on its way."""
@@ -170,7 +191,11 @@ class ZygoteClient:
             if self._failures > 1:
                 exponent = min(self._failures, MAX_RESTARTS) - 2
                 await asyncio.sleep(FIRST_BACKOFF_S * 2**exponent)
-            sock, pid = self._respawn()
+            try:
+                sock, pid = self._respawn()
+            except OSError:
+                self._greeted.set()
+                raise
             self._attach(sock, pid)
             log.warning("zygote restarted pid=%d", pid)
         finally:

@@ -126,6 +126,9 @@ def zygote() -> Iterator[socket.socket]:
     argv = [sys.executable, "-m", "daemon.zygote", "--fd", str(theirs.fileno())]
     with ours, subprocess.Popen(argv, pass_fds=(theirs.fileno(),), cwd=ROOT) as process:
         theirs.close()
+        ours.settimeout(DEADLINE_S)
+        assert receive(ours) == {"notice": "hello", "data": {}}
+        ours.settimeout(None)
         yield ours
         ours.close()
         assert process.wait(DEADLINE_S) == 0

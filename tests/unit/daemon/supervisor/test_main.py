@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon.supervisor import run, sdnotify
+from daemon.supervisor import dirs, run, sdnotify, zygotes
 from daemon.supervisor.config import Config, ConfigError
 from daemon.supervisor.main import main
+from daemon.zygote import ZygoteHandle
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -117,6 +118,27 @@ def test_a_state_directory_that_is_a_file_ends_with_status_2(tmp_path: Path) -> 
     )
     assert done.returncode == 2
     assert "cannot be made" in done.stderr
+
+
+def test_a_hosteld_whose_zygote_cannot_start_is_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spawn_mortal() -> tuple[socket.socket, int]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.close()
+        return ours, os.posix_spawn("/bin/true", ["true"], {})
+
+    said: list[str] = []
+    monkeypatch.setattr(sdnotify, "notify", said.append)
+    monkeypatch.setattr(zygotes, "spawn_zygote", spawn_mortal)
+    monkeypatch.setattr(zygotes, "FIRST_BACKOFF_S", 0.001)
+    layout = dirs.Layout(tmp_path / "state", tmp_path / "run")
+    dirs.prepare(layout)
+    config = Config(state_dir=str(layout.state), runtime_dir=str(layout.runtime))
+    sock, pid = spawn_mortal()
+    assert not run.serve(config, layout, ZygoteHandle(sock, pid), None, ()).is_clean
+    assert "no zygote starts" in caplog.text
+    assert not any("READY" in words for words in said)
 
 
 def test_a_broken_database_ends_with_status_1_and_says_so(tmp_path: Path) -> None:

@@ -76,6 +76,31 @@ def test_a_zygote_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch
     asyncio.run(scenario())
 
 
+def test_a_zygote_says_hello_when_it_can_fork() -> None:
+    async def scenario() -> None:
+        tasks = Tasks()
+        client = ZygoteClient(*spawn_mortal(), tasks, spawn_fake_zygote)
+        await client.wait_hello()  # the replacement's
+        await client.close()
+        await tasks.finish(1)
+
+    asyncio.run(scenario())
+
+
+def test_zygotes_that_never_say_hello_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zygotes, "FIRST_BACKOFF_S", 0.001)
+
+    async def scenario() -> None:
+        tasks = Tasks()
+        client = ZygoteClient(*spawn_mortal(), tasks, spawn_mortal)
+        with pytest.raises(WorkerError, match="no zygote starts"):
+            await client.wait_hello()
+        await client.close()
+        await tasks.finish(1)
+
+    asyncio.run(scenario())
+
+
 def test_a_fork_that_the_zygote_refuses_is_an_error() -> None:
     async def scenario() -> None:
         tasks = Tasks()

@@ -5,6 +5,10 @@
 A store holds one directory per object, named by the sha256 of its bytes. It is made under another
 name in the same directory, with all its files on disk, and then renamed. What a killed daemon left
 half done keeps that other name, and sweep_staging() removes it at the next start.
+
+What has been put in place is unclaimed until claim(): whoever keeps a record of it calls that once
+the record is kept. An unclaimed object without a record is one that a killed daemon left; a
+claimed one is somebody's data, whatever the records say.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STAGING_PREFIX: Final = ".staging-"
+UNCLAIMED_NAME: Final = "unclaimed"
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -59,6 +64,7 @@ class StagingDirectory:
             StorageError: it cannot be written.
         """
         with storing(self._store):
+            self.create(UNCLAIMED_NAME)
             for fd in self._fds:
                 os.fchmod(fd, 0o400)
                 os.fsync(fd)
@@ -128,6 +134,21 @@ def sweep_staging(store: Path) -> int:
     for path in leftovers:
         _remove(path)
     return len(leftovers)
+
+
+def claim(store: Path, sha256: str) -> None:
+    """Say that a record of an object is kept; if that is lost, claim it again at the next start.
+
+    Raises:
+        StorageError: the directory cannot be written.
+    """
+    with storing(store):
+        (store / sha256 / UNCLAIMED_NAME).unlink(missing_ok=True)
+
+
+def is_unclaimed(store: Path, sha256: str) -> bool:
+    """Whether an object was put in place by an import that did not come to its end."""
+    return (store / sha256 / UNCLAIMED_NAME).exists()
 
 
 def remove_stored(store: Path, sha256: str) -> None:

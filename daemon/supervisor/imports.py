@@ -23,7 +23,7 @@ from api.ports import Call
 from ..images import importer
 from ..images import records as kept
 from ..images.errors import StorageError
-from ..images.staging import remove_stored, sweep_staging
+from ..images.staging import claim, is_unclaimed, remove_stored, sweep_staging
 from .dirs import Layout
 from .library import Library
 from .operations import Job
@@ -75,11 +75,22 @@ class Importer:
             doomed = await self._library.doomed(self._kind_of(directory))
             self._doomed |= {(directory, sha256) for sha256 in doomed if _SHA256.fullmatch(sha256)}
             for path in directory.iterdir():
-                # The database may be new, or restored from a backup: what it does not know may
-                # well be all that somebody has.
-                if path.name not in doomed and not self._uses_of(directory, path.name):
-                    log.warning("no kernel or image stands for this, kept path=%s", path)
+                self._look_at(directory, path.name)
         await self._remove_doomed()
+
+    def _look_at(self, directory: Path, name: str) -> None:
+        """Doom what a killed import put in place and nobody knows of; keep all else."""
+        is_ours = _SHA256.fullmatch(name) is not None and is_unclaimed(directory, name)
+        if self._uses_of(directory, name):
+            if is_ours:
+                claim(directory, name)
+        elif is_ours:
+            log.warning("left by a killed import, removed path=%s/%s", directory, name)
+            self._doomed.add((directory, name))
+        elif (directory, name) not in self._doomed:
+            # The database may be new, or restored from a backup: what it does not know may well
+            # be all that somebody has.
+            log.warning("no kernel or image stands for this, kept path=%s/%s", directory, name)
 
     async def _remove_doomed(self) -> None:
         """Remove the bytes that no name stands for, unless an import may be about to use them."""
@@ -113,6 +124,20 @@ class Importer:
                 await self._remove_doomed()
             except StorageError as err:
                 log.warning("unused files stay until the next start error=%s", err)
+
+    @contextlib.asynccontextmanager
+    async def _claiming(self, directory: Path, sha256: str) -> AsyncIterator[None]:
+        """Around the commit of what stands for bytes that are in place: without it they go."""
+        try:
+            yield
+        except BaseException:
+            if is_unclaimed(directory, sha256):
+                self._doomed.add((directory, sha256))
+            raise
+        try:
+            claim(directory, sha256)
+        except StorageError as err:
+            log.warning("claimed at the next start path=%s error=%s", sha256, err)
 
     def close(self) -> None:
         """Wait for the copies that have been asked to stop."""
@@ -187,7 +212,8 @@ class Importer:
                     version=1,
                 )
                 record = KernelRecord(kernel, stored.setup_header)
-                await self._library.insert_kernel(record, call.actor)
+                async with self._claiming(self._layout.kernels, stored.sha256):
+                    await self._library.insert_kernel(record, call.actor)
         finally:
             self._library.kernels.release(name)
         log.info("kernel imported name=%s sha256=%s", name, kernel.sha256)
@@ -285,7 +311,8 @@ class Importer:
                     created_at=now(),
                     version=1,
                 )
-                await self._library.insert_image(image, call.actor)
+                async with self._claiming(self._layout.images, stored.sha256):
+                    await self._library.insert_image(image, call.actor)
         finally:
             self._library.images.release(name)
         log.info("image imported name=%s kind=%s sha256=%s", name, kind, image.sha256)

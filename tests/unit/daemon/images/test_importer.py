@@ -31,7 +31,7 @@ from daemon.images.importer import (
     import_kernel,
 )
 from daemon.images.records import load_image, load_kernel
-from daemon.images.staging import remove_stored, sweep_staging
+from daemon.images.staging import claim, is_unclaimed, remove_stored, sweep_staging
 from tests.support.kernels import BANNER, ENTRY, MIB, PACKERS, bzimage, elf, pvh_note
 
 KERNEL = elf(notes=pvh_note())
@@ -76,6 +76,8 @@ def test_a_bzimage_is_kept_as_it_came_and_unpacked(store: Path, source: Path) ->
     assert bytes.fromhex(record.setup_header)[0x202 - 0x1F1 :].startswith(b"HdrS")
     assert record.path.read_bytes() == KERNEL
     assert names(store) == [record.sha256]
+    assert is_unclaimed(store, record.sha256)
+    claim(store, record.sha256)
     assert names(store / record.sha256) == ["meta.json", "original", "vmlinux"]
 
 

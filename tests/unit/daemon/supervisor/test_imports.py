@@ -12,10 +12,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from api.errors import Conflict, Invalid, NotFound
+from api.errors import Conflict, Invalid, NoSpace, NotFound
 from api.models.resources import Image, ImageImport, Kernel, KernelImport, Operation
 from api.ports import Call
+from daemon.images import importer
+from daemon.images.staging import UNCLAIMED_NAME, is_unclaimed
 from daemon.supervisor.service import Supervisor
+from daemon.supervisor.store import StoreFull
 from tests.support import tiny_kernel
 from tests.support.supervisor import CALL, Harness
 
@@ -202,6 +205,51 @@ def test_at_start_only_what_a_delete_has_left_is_removed(harness: Harness) -> No
         db.execute("INSERT INTO meta (key, value) VALUES (?, '')", (f"doomed/image/{left}",))
     harness.run(second)
     assert sorted(path.name for path in harness.layout.images.iterdir()) == [foreign, "notes"]
+
+
+def test_what_a_killed_import_put_in_place_is_removed_at_start(harness: Harness) -> None:
+    async def nothing(_: Supervisor) -> None:
+        pass
+
+    harness.run(nothing)
+    source = harness.path / "source"
+    source.write_bytes(bytes(4096))
+    importer.import_image(source, harness.layout.images, is_disk=True)
+    kernel = tiny_kernel.write_elf(harness.path / "k.elf", tiny_kernel.HALT)
+    importer.import_kernel(kernel, harness.layout.kernels)
+    assert len(stored(harness)) == 2
+    harness.run(nothing)
+    assert stored(harness) == []
+
+
+def test_an_import_that_was_kept_and_not_claimed_stays(harness: Harness) -> None:
+    async def first(_: Supervisor) -> None:
+        await harness.kernel()
+
+    async def second(supervisor: Supervisor) -> None:
+        assert (await supervisor.get_kernel("k")).name == "k"
+
+    harness.run(first)
+    (sha256,) = stored(harness)
+    (harness.layout.kernels / sha256 / UNCLAIMED_NAME).touch()
+    harness.run(second)
+    assert stored(harness) == [sha256]
+    assert not is_unclaimed(harness.layout.kernels, sha256)
+
+
+def test_an_import_that_cannot_be_kept_leaves_nothing(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        async def full(*_: object) -> None:
+            raise StoreFull("no space")
+
+        monkeypatch.setattr(supervisor._library, "insert_image", full)
+        with pytest.raises(NoSpace):
+            await harness.image("i")
+        assert stored(harness) == []
+
+    harness.run(scenario)
 
 
 def test_an_empty_database_takes_no_kernel_with_it(harness: Harness) -> None:

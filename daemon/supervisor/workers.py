@@ -128,11 +128,26 @@ class Worker:
         *,
         timeout_s: float,
     ) -> dict[str, Any]:
-        """Ask the worker; the caller keeps ``fds``.
+        """Ask the worker; the caller keeps ``fds``. A connection that comes back is waited for.
 
         Raises:
             WorkerError: refused, failed, gone or too late.
         """
+        if self._reconnecting is not None:
+            begun = self._loop.time()
+            waiting_s = min(timeout_s, RECONNECT_TIMEOUT_S)
+            await asyncio.wait({self._reconnecting}, timeout=waiting_s)
+            timeout_s = max(0.0, timeout_s - (self._loop.time() - begun))
+        return await self._ask(op, args, fds, timeout_s=timeout_s)
+
+    async def _ask(
+        self,
+        op: str,
+        args: dict[str, Any] | None = None,
+        fds: tuple[int, ...] = (),
+        *,
+        timeout_s: float,
+    ) -> dict[str, Any]:
         if self._channel is None:
             raise WorkerGone(f"worker {self.pid} does not answer on its control socket")
         message = await self._channel.request(op, args, fds, timeout_s=timeout_s)
@@ -237,7 +252,7 @@ class Worker:
     async def _reconnect_once(self) -> None:
         try:
             self.attach(connect(self._layout.vm_runtime(self.vm_id)))
-            await self.request("status", timeout_s=RECONNECT_TIMEOUT_S)
+            await self._ask("status", timeout_s=RECONNECT_TIMEOUT_S)
         except (WorkerError, OSError) as err:
             log.debug("worker not reached vm=%s pid=%d error=%s", self.vm_id, self.pid, err)
             return

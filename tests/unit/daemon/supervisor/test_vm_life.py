@@ -398,6 +398,22 @@ def test_a_worker_that_hangs_up_and_lives_is_connected_to_again(harness: Harness
     harness.run(scenario)
 
 
+def test_a_request_right_behind_a_hang_up_waits_for_the_next_connection(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", "hang-up-on-stats")
+        worker = supervisor._table.get("a").worker
+        assert worker is not None
+        first = asyncio.create_task(supervisor.vm_stats("a"))
+        async with asyncio.timeout(20):
+            while worker.unreachable is None:  # noqa: ASYNC110 - no event tells it
+                await asyncio.sleep(0)
+        assert (await supervisor.vm_stats("a")).vcpu_exits == {"hlt": 1}
+        with pytest.raises(HostFailure):
+            await first
+
+    harness.run(scenario)
+
+
 def test_a_stop_that_meets_a_hang_up_leaves_the_guest_running(harness: Harness) -> None:
     async def scenario(supervisor: Supervisor) -> None:
         await harness.start("a", "hang-up-on-power_button")

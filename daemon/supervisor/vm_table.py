@@ -119,9 +119,18 @@ class VmTable:
         """
         for (doc,) in await self._store.fetch("SELECT doc FROM vms"):
             self._add(VmEntry(VmRecord.decode(doc)))
+        for entry in self:
+            # From before such names were refused.
+            if (twin := self._by_id.get(entry.record.name)) is not None and twin is not entry:
+                log.warning(
+                    "a VM's name is another one's id, so it stands for that one; rename it"
+                    " name=%s vm=%s",
+                    entry.record.name,
+                    entry.record.id,
+                )
 
     def get(self, ref: str) -> VmEntry:
-        """Return a VM by id or name.
+        """Return a VM by id, which wins, or by name.
 
         Raises:
             NotFound: there is none.

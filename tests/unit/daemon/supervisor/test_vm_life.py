@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sqlite3
 
 import pytest
 
@@ -412,6 +413,31 @@ def test_a_request_right_behind_a_hang_up_waits_for_the_next_connection(harness:
             await first
 
     harness.run(scenario)
+
+
+def test_an_id_wins_over_an_old_name_that_is_the_same(
+    harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids: dict[str, str] = {}
+
+    async def first(_: Supervisor) -> None:
+        ids.update({name: (await harness.create(name)).id for name in ("a", "b")})
+
+    async def second(supervisor: Supervisor) -> None:
+        assert "rename it" in caplog.text
+        assert (await supervisor.get_vm(ids["a"])).name == "a"
+        twin = await supervisor.get_vm(ids["b"])
+        assert twin.name == ids["a"]
+        renamed = await supervisor.patch_vm(ids["b"], VmPatch(name="b"), CALL)
+        assert (await supervisor.get_vm("b")).id == renamed.id == ids["b"]
+
+    harness.run(first)
+    with contextlib.closing(sqlite3.connect(harness.layout.database)) as db, db:
+        db.execute(
+            "UPDATE vms SET name = ?1, doc = json_set(doc, '$.name', ?1) WHERE id = ?2",
+            (ids["a"], ids["b"]),
+        )
+    harness.run(second)
 
 
 def test_a_stop_that_meets_a_hang_up_leaves_the_guest_running(harness: Harness) -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""The console log: what the guest's serial port printed, with the oldest part dropped."""
+"""Logs that keep their end: the console's, and the worker's own."""
 
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 from typing import Final
@@ -19,7 +20,7 @@ _SLACK_BYTES: Final = 256 * 1024
 _BLOCK_BYTES: Final = 4096
 
 
-class ConsoleLog:
+class BoundedLog:
     """Appends to a file that keeps its last KEEP_BYTES; offsets in it never change.
 
     What is older is punched out of the file, so a guest that prints forever holds about a MiB of
@@ -28,7 +29,7 @@ class ConsoleLog:
     Args:
         fd: opened for appending, the caller's to close.
 
-    Threads: the worker's main thread only.
+    Threads: one at a time.
     """
 
     def __init__(self, fd: int) -> None:
@@ -55,9 +56,26 @@ class ConsoleLog:
 
     def _drop_oldest(self) -> None:
         keep_from = (self._end - KEEP_BYTES) // _BLOCK_BYTES * _BLOCK_BYTES
+        # First: the warning below may be for this very log.
+        self._start = keep_from
         try:
             punch_hole(self._fd, 0, keep_from)
         except OSError as err:
             # A disk that is full, or has no holes, keeps the whole log rather than none of it.
-            log.warning("console log not shortened: %s", err)
-        self._start = keep_from
+            log.warning("log not shortened: %s", err)
+
+
+class WorkerLog(io.TextIOBase):
+    """A stream for logging.StreamHandler: a BoundedLog of text.
+
+    What C prints to standard error goes past it and is counted at the next start.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._log = BoundedLog(fd)
+
+    def write(self, text: str) -> int:
+        """Append ``text``."""
+        self._log.append(text.encode("utf-8", "backslashreplace"))
+        return len(text)

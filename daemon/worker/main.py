@@ -33,7 +33,7 @@ from .. import protocol
 from ..errors import ProtocolError, WorkerError
 from ..images.errors import ImageError
 from ..protocol import MachineSpec, Status
-from .console import ConsoleLog
+from .console import BoundedLog, WorkerLog
 from .control import ControlServer
 from .machine import Machine, MachineEvent, MachineFds
 
@@ -59,7 +59,10 @@ def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None) -> int:
     os.dup2(log_fd, 2)
     os.close(log_fd)
     logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+        stream=WorkerLog(2),
+        force=True,
     )
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -90,7 +93,7 @@ class Worker:
     ) -> None:
         self._selector = selector
         self._facts = facts
-        self._console = ConsoleLog(console_fd)
+        self._console = BoundedLog(console_fd)
         self._last_words_fd = last_words_fd
         self._machine: Machine | None = None
         self._spec: MachineSpec | None = None

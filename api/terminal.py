@@ -36,8 +36,11 @@ MAX_LISTEN_S: Final = 10.0
 Show = Callable[[bytes], None]
 
 
-def open_console(endpoint: Endpoint, ref: str, offset: int | None = None) -> ClientConnection:
-    """Attach to a VM's console.
+@contextlib.contextmanager
+def open_console(
+    endpoint: Endpoint, ref: str, offset: int | None = None
+) -> Iterator[ClientConnection]:
+    """Attach to a VM's console, for as long as the context lasts.
 
     Args:
         endpoint: the daemon.
@@ -52,23 +55,27 @@ def open_console(endpoint: Endpoint, ref: str, offset: int | None = None) -> Cli
     path = url_path("vms", ref, "console")
     address = f"ws{endpoint.base_url.removeprefix('http')}{path}{query}"
     headers = {} if endpoint.token is None else {"Authorization": f"Bearer {endpoint.token}"}
-    try:
-        if endpoint.url is None:
-            connection: ClientConnection = unix_connect(
-                endpoint.socket, address, open_timeout=CONNECT_S, compression=None
-            )
-            return connection
-        return connect(
-            address,
-            additional_headers=headers,
-            open_timeout=CONNECT_S,
-            compression=None,
-            proxy=None,
-        )
-    except InvalidStatus as err:
-        raise _refusal(err) from None
-    except (OSError, InvalidHandshake) as err:
-        raise Unreachable(endpoint, str(err)) from err
+    with contextlib.ExitStack() as stack:
+        try:
+            if endpoint.url is None:
+                opened = unix_connect(
+                    endpoint.socket, address, open_timeout=CONNECT_S, compression=None
+                )
+            else:
+                opened = connect(
+                    address,
+                    additional_headers=headers,
+                    open_timeout=CONNECT_S,
+                    compression=None,
+                    proxy=None,
+                )
+            # Only as a context does it mean the same in every version of websockets.
+            connection: ClientConnection = stack.enter_context(opened)
+        except InvalidStatus as err:
+            raise _refusal(err) from None
+        except (OSError, InvalidHandshake) as err:
+            raise Unreachable(endpoint, str(err)) from err
+        yield connection
 
 
 def _refusal(err: InvalidStatus) -> ApiError:

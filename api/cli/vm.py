@@ -356,7 +356,7 @@ def console(
         from ..terminal import attach, open_console, show_bytes, show_json
 
         source = sys.stdin.fileno()
-        connection = open_console(endpoint_of(context), vm, offset)
-        if os.isatty(source):
-            print(f"attached to {vm}; Ctrl-] leaves\r", file=sys.stderr)
-        attach(connection, source=source, show=show_json if as_json else show_bytes)
+        with open_console(endpoint_of(context), vm, offset) as connection:
+            if os.isatty(source):
+                print(f"attached to {vm}; Ctrl-] leaves\r", file=sys.stderr)
+            attach(connection, source=source, show=show_json if as_json else show_bytes)

@@ -222,8 +222,8 @@ def test_name_that_cannot_be_never_reaches_another_vm(hostel: HostelClient, ref:
     make(hostel, "web")
     with pytest.raises(Invalid):
         hostel.delete_vm(ref)
-    with pytest.raises(Invalid):
-        open_console(hostel.endpoint, ref)
+    with pytest.raises(Invalid), open_console(hostel.endpoint, ref):
+        pass
     assert [vm.name for vm in hostel.list_vms()] == ["web"]
 
 
@@ -233,6 +233,9 @@ def test_name_that_would_change_the_path_is_refused(hostel: HostelClient, ref: s
     for call in (hostel.get_vm, hostel.delete_vm, hostel.get_kernel, hostel.get_operation):
         with pytest.raises(Invalid, match="is no name and no id"):
             call(ref)
-    with pytest.raises(Invalid, match="is no name and no id"):
-        open_console(hostel.endpoint, ref)
+    with (
+        pytest.raises(Invalid, match="is no name and no id"),
+        open_console(hostel.endpoint, ref),
+    ):
+        pass
     assert [vm.name for vm in hostel.list_vms()] == ["web"]

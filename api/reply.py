@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Protocol, cast
 
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .errors import PreconditionFailed
-from .models.resources import Operation
+from .models.resources import Image, Kernel, Operation
 from .ports import Call, HostelService
 
 JSON_TYPE: Final = "application/json"
@@ -89,6 +89,16 @@ def object_response(
     return Response(body, status, headers, JSON_TYPE)
 
 
+def created_response(
+    request: Request, outcome: Kernel | Image | Operation, collection: str
+) -> Response:
+    """Return 201 for a new object of a collection, such as ``/v1/images``, or 202."""
+    if isinstance(outcome, Operation):
+        return operation_response(outcome)
+    location = f"{collection}/{outcome.id}"
+    return object_response(request, outcome, tag=etag_of(outcome), status=201, location=location)
+
+
 def operation_response(operation: Operation) -> Response:
     """Return 202 for work that goes on."""
     return json_response(operation, 202, {"Location": f"/v1/operations/{operation.id}"})
@@ -112,9 +122,23 @@ def matched_version(request: Request, current: Versioned) -> int:
     return current.version
 
 
-def has_if_match(request: Request) -> bool:
-    """Return whether the client insists on a version."""
-    return "if-match" in request.headers
+async def precondition(
+    request: Request, ref: str, get: Callable[[str], Awaitable[Versioned]]
+) -> tuple[str, int | None]:
+    """Return how to address an object, and the version it must have if the client insists on one.
+
+    Args:
+        request: the request that would change it.
+        ref: its name or id, as the client gave it.
+        get: finds it by that.
+
+    Raises:
+        PreconditionFailed: as matched_version().
+    """
+    if "if-match" not in request.headers:
+        return ref, None
+    found = await get(ref)
+    return found.id, matched_version(request, found)
 
 
 def _parse_tags(header: str) -> list[tuple[bool, str]]:

@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Final, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Final, Literal, cast
 
 import typer
 
 from .support import EXIT_USAGE, Json, NoWait, fail, group, print_json, session, settle
+
+if TYPE_CHECKING:
+    from ..models.resources import Image, Kernel, Operation
 
 kernels = group("Import, see and delete kernels.")
 images = group("Import, see and delete disk images and initrds.")
@@ -41,6 +44,19 @@ def _readable(path: Path) -> Path:
         fail(f"{path}: {err.strerror}; name a file that you may read", EXIT_USAGE)
 
 
+def _show(found: Kernel | Image | Operation, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    from ..models.resources import Operation
+    from . import tables
+
+    if isinstance(found, Operation):
+        tables.show_operation(found)
+    else:
+        tables.show_artifact(found)
+
+
 @kernels.command("import")
 def import_kernel(
     context: typer.Context,
@@ -62,16 +78,7 @@ def import_kernel(
         else:
             wanted = KernelImport(name=name, path=str(file.absolute()), sha256=sha256)
             outcome = client.import_kernel(wanted, wait_s=wait_s)
-        done = settle(client, outcome, Kernel, no_wait=no_wait)
-        if as_json:
-            print_json(done)
-            return
-        from . import tables
-
-        if isinstance(done, Kernel):
-            tables.show_artifact(done)
-        else:
-            tables.show_operation(done)
+        _show(settle(client, outcome, Kernel, no_wait=no_wait), as_json)
 
 
 @kernels.command("list")
@@ -91,13 +98,7 @@ def list_kernels(context: typer.Context, as_json: Json = False) -> None:
 def show_kernel(context: typer.Context, kernel: Ref, as_json: Json = False) -> None:
     """Show a kernel."""
     with session(context) as client:
-        found = client.get_kernel(kernel)
-        if as_json:
-            print_json(found)
-            return
-        from . import tables
-
-        tables.show_artifact(found)
+        _show(client.get_kernel(kernel), as_json)
 
 
 @kernels.command("delete")
@@ -134,16 +135,7 @@ def import_image(
             path = str(file.absolute())
             wanted = ImageImport(name=name, kind=chosen, path=path, sha256=sha256)
             outcome = client.import_image(wanted, wait_s=wait_s)
-        done = settle(client, outcome, Image, no_wait=no_wait)
-        if as_json:
-            print_json(done)
-            return
-        from . import tables
-
-        if isinstance(done, Image):
-            tables.show_artifact(done)
-        else:
-            tables.show_operation(done)
+        _show(settle(client, outcome, Image, no_wait=no_wait), as_json)
 
 
 @images.command("list")
@@ -163,13 +155,7 @@ def list_images(context: typer.Context, as_json: Json = False) -> None:
 def show_image(context: typer.Context, image: Ref, as_json: Json = False) -> None:
     """Show an image."""
     with session(context) as client:
-        found = client.get_image(image)
-        if as_json:
-            print_json(found)
-            return
-        from . import tables
-
-        tables.show_artifact(found)
+        _show(client.get_image(image), as_json)
 
 
 @images.command("delete")

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..body import read_model, stream_upload
-from ..models.resources import Image, ImageImport, Operation
+from ..models.resources import Image, ImageImport
 from ..openapi import (
     ImagePage,
     accepted,
@@ -25,18 +25,18 @@ from ..openapi import (
 )
 from ..reply import (
     call_of,
+    created_response,
     etag_of,
-    has_if_match,
     json_response,
-    matched_version,
     object_response,
-    operation_response,
+    precondition,
     service_of,
 )
 from ..route import make_router
 from .parameters import Digest, ImagePath, NewName, PageQuery, Wait
 
-router = make_router("images", "/v1/images")
+COLLECTION: Final = "/v1/images"
+router = make_router("images", COLLECTION)
 
 # As large as a disk may be (DiskCreate.size_mib); the state directory is full before that.
 MAX_IMAGE_BYTES: Final = 64 * 1024**4
@@ -45,13 +45,6 @@ _CREATED: Final = {
     **success(Image, "It is there.", status=201, is_object=True, has_location=True),
     **accepted(),
 }
-
-
-def _created(request: Request, outcome: Image | Operation) -> Response:
-    if isinstance(outcome, Operation):
-        return operation_response(outcome)
-    location = f"/v1/images/{outcome.id}"
-    return object_response(request, outcome, tag=etag_of(outcome), status=201, location=location)
 
 
 @router.get(
@@ -74,7 +67,8 @@ async def list_images(request: Request, query: PageQuery) -> Response:
 async def import_image(request: Request, wait: Wait = 1.0) -> Response:
     """A raw disk image or an initrd; it is copied, so the file may change afterwards."""
     wanted = await read_model(request, ImageImport)
-    return _created(request, await service_of(request).import_image(wanted, call_of(request, wait)))
+    outcome = await service_of(request).import_image(wanted, call_of(request, wait))
+    return created_response(request, outcome, COLLECTION)
 
 
 @router.post(
@@ -95,7 +89,7 @@ async def upload_image(
     body = stream_upload(request, MAX_IMAGE_BYTES)
     call = call_of(request, wait)
     outcome = await service_of(request).upload_image(name, kind, sha256, body, call)
-    return _created(request, outcome)
+    return created_response(request, outcome, COLLECTION)
 
 
 @router.get(
@@ -124,9 +118,6 @@ async def get_image(request: Request, image: ImagePath) -> Response:
 async def delete_image(request: Request, image: ImagePath, wait: Wait = 1.0) -> Response:
     """409 names the VMs that use it."""
     service = service_of(request)
-    ref, version = image, None
-    if has_if_match(request):
-        found = await service.get_image(image)
-        ref, version = found.id, matched_version(request, found)
+    ref, version = await precondition(request, image, service.get_image)
     await service.delete_image(ref, call_of(request, wait, version))
     return Response(status_code=204)

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..body import read_model, stream_upload
-from ..models.resources import Kernel, KernelImport, Operation
+from ..models.resources import Kernel, KernelImport
 from ..openapi import (
     KernelPage,
     accepted,
@@ -24,18 +24,18 @@ from ..openapi import (
 )
 from ..reply import (
     call_of,
+    created_response,
     etag_of,
-    has_if_match,
     json_response,
-    matched_version,
     object_response,
-    operation_response,
+    precondition,
     service_of,
 )
 from ..route import make_router
 from .parameters import Digest, KernelPath, NewName, PageQuery, Wait
 
-router = make_router("kernels", "/v1/kernels")
+COLLECTION: Final = "/v1/kernels"
+router = make_router("kernels", COLLECTION)
 
 # An unstripped vmlinux with debug info is below 1 GiB.
 MAX_KERNEL_BYTES: Final = 2 * 1024**3
@@ -44,13 +44,6 @@ _CREATED: Final = {
     **success(Kernel, "It is there.", status=201, is_object=True, has_location=True),
     **accepted(),
 }
-
-
-def _created(request: Request, outcome: Kernel | Operation) -> Response:
-    if isinstance(outcome, Operation):
-        return operation_response(outcome)
-    location = f"/v1/kernels/{outcome.id}"
-    return object_response(request, outcome, tag=etag_of(outcome), status=201, location=location)
 
 
 @router.get(
@@ -73,9 +66,8 @@ async def list_kernels(request: Request, query: PageQuery) -> Response:
 async def import_kernel(request: Request, wait: Wait = 1.0) -> Response:
     """A bzImage or an ELF; a bzImage is unpacked once, here."""
     wanted = await read_model(request, KernelImport)
-    return _created(
-        request, await service_of(request).import_kernel(wanted, call_of(request, wait))
-    )
+    outcome = await service_of(request).import_kernel(wanted, call_of(request, wait))
+    return created_response(request, outcome, COLLECTION)
 
 
 @router.post(
@@ -91,7 +83,8 @@ async def upload_kernel(
     """`curl --data-binary @FILE -H 'Content-Type: application/octet-stream'` or `curl -T FILE`."""
     body = stream_upload(request, MAX_KERNEL_BYTES)
     call = call_of(request, wait)
-    return _created(request, await service_of(request).upload_kernel(name, sha256, body, call))
+    outcome = await service_of(request).upload_kernel(name, sha256, body, call)
+    return created_response(request, outcome, COLLECTION)
 
 
 @router.get(
@@ -120,9 +113,6 @@ async def get_kernel(request: Request, kernel: KernelPath) -> Response:
 async def delete_kernel(request: Request, kernel: KernelPath, wait: Wait = 1.0) -> Response:
     """409 names the VMs that use it."""
     service = service_of(request)
-    ref, version = kernel, None
-    if has_if_match(request):
-        found = await service.get_kernel(kernel)
-        ref, version = found.id, matched_version(request, found)
+    ref, version = await precondition(request, kernel, service.get_kernel)
     await service.delete_kernel(ref, call_of(request, wait, version))
     return Response(status_code=204)

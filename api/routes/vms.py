@@ -27,11 +27,10 @@ from ..openapi import (
 from ..reply import (
     call_of,
     etag_of,
-    has_if_match,
     json_response,
-    matched_version,
     object_response,
     operation_response,
+    precondition,
     service_of,
 )
 from ..route import make_router
@@ -69,14 +68,6 @@ def _vm_or_operation(request: Request, outcome: Vm | Operation, status: int = 20
     if isinstance(outcome, Operation):
         return operation_response(outcome)
     return vm_response(request, outcome, status)
-
-
-async def _precondition(request: Request, ref: str) -> tuple[str, int | None]:
-    """Return how to address the VM, and the version it must have if the client insists on one."""
-    if not has_if_match(request):
-        return ref, None
-    vm = await service_of(request).get_vm(ref)
-    return vm.id, matched_version(request, vm)
 
 
 @router.post(
@@ -134,7 +125,7 @@ async def list_vms(request: Request, query: VmQuery) -> Response:
 async def patch_vm(request: Request, vm: VmPath, wait: Wait = 1.0) -> Response:
     """What is left out stays. vCPUs, memory, kernel and cmdline need a stopped VM."""
     patch = await read_model(request, VmPatch)
-    ref, version = await _precondition(request, vm)
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
     changed = await service_of(request).patch_vm(ref, patch, call_of(request, wait, version))
     return vm_response(request, changed)
 
@@ -157,7 +148,7 @@ async def delete_vm(
     wait: Wait = 1.0,
 ) -> Response:
     """Disks made from an image go with it; a disk used by path stays."""
-    ref, version = await _precondition(request, vm)
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
     outcome = await service_of(request).delete_vm(ref, force, call_of(request, wait, version))
     return Response(status_code=204) if outcome is None else operation_response(outcome)
 
@@ -174,7 +165,7 @@ async def delete_vm(
 async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 1.0) -> Response:
     """A running guest is told of the new size."""
     patch = await read_model(request, DiskPatch)
-    ref, version = await _precondition(request, vm)
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
     call = call_of(request, wait, version)
     return vm_response(request, await service_of(request).patch_disk(ref, disk, patch, call))
 
@@ -194,7 +185,7 @@ def _action_route(action: VmAction) -> Callable[..., Coroutine[Any, Any, Respons
         stop = None
         if action is VmAction.STOP:
             stop = await read_optional_model(request, StopRequest)
-        ref, version = await _precondition(request, vm)
+        ref, version = await precondition(request, vm, service_of(request).get_vm)
         call = call_of(request, wait, version)
         outcome = await service_of(request).act_on_vm(ref, action, stop, call)
         return _vm_or_operation(request, outcome)

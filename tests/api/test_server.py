@@ -10,6 +10,7 @@ import json
 import os
 import select
 import socket
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ import api.server
 import api.streams
 from api.models.common import ObjectRef
 from api.models.vms import VmCreate
-from api.ports import Call
+from api.ports import Call, ConsoleChunk
 from api.routes.console import retry_delays
 from tests.api.conftest import TOKEN
 from tests.api.live import LiveServer, read_all
@@ -196,6 +197,47 @@ def test_client_that_does_not_read_its_reply_is_cut(
         poll.register(raw, 0)
         assert poll.poll(20_000) == [(raw.fileno(), select.POLLHUP)]
         assert len(read_all(raw)) < size
+
+
+def test_client_that_reads_slowly_gets_all_of_its_reply(live: LiveServer) -> None:
+    size = 4 << 20
+    make_vm(live)
+    live.run(live.service.say("web-1", b"x" * size))
+    with live.connect() as raw, unix_client(live) as other:
+        path = b"/v1/vms/web-1/console/log?limit=4194304"
+        raw.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" % path)
+        reply = b""
+        while piece := raw.recv(1) + raw.recv(60_000):
+            reply += piece
+            if len(reply) % 16 == 0:
+                assert other.get("/v1/vms").status_code == 200
+    assert reply.endswith(b"\r\n\r\n" + b"x" * size)
+
+
+def test_follower_that_reads_slowly_is_kept_and_costs_no_more_than_a_buffer(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, bound = 8 << 20, 1 << 20  # the kernel's buffers on both sides, and a piece or two
+    handed_out = 0
+    follow = live.service.follow_console
+
+    async def counted(ref: str, offset: int) -> AsyncIterator[ConsoleChunk]:
+        nonlocal handed_out
+        async for chunk in follow(ref, offset):
+            handed_out += len(chunk.data)
+            yield chunk
+
+    monkeypatch.setattr(live.service, "follow_console", counted)
+    make_vm(live)
+    live.run(live.service.say("web-1", b"x" * size))
+    with live.connect() as raw:
+        path = b"/v1/vms/web-1/console/log?follow=true&offset=0"
+        raw.sendall(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        taken = 0
+        while taken < size:
+            for length in (1, 60_000):
+                taken += len(raw.recv(length))
+            assert handed_out <= taken + bound
 
 
 def test_log_is_followed_and_ends_with_the_vm(live: LiveServer) -> None:

@@ -18,8 +18,9 @@ from typing import Final
 
 HERE: Final = Path(__file__).resolve().parent
 CSRC: Final = HERE.parent.parent / "kvm_ffi" / "csrc"
-TARGETS: Final = ("virtqueue", "blk", "net")
-CORE: Final = ("guest_mem", "virtqueue", "engine", "blk_engine", "net_engine")
+TARGETS: Final = ("virtqueue", "blk", "net", "uart", "exits")
+CORE: Final = ("guest_mem", "virtqueue", "engine", "blk_engine", "net_engine", "uart16550",
+               "exit_table")  # fmt: skip
 MAX_INPUT_BYTES: Final = 2048
 
 # Where guest.h puts the rings.
@@ -135,7 +136,40 @@ def net_seeds() -> list[bytes]:
     ]
 
 
-SEEDS: Final = {"virtqueue": virtqueue_seeds, "blk": blk_seeds, "net": net_seeds}
+def uart_seeds() -> list[bytes]:
+    """A driver's first steps, output beyond the ring's end, input beyond the buffer's."""
+    line, fifo, interrupts = b"\x03\x03", b"\x02\x07", b"\x01\x0f"
+    much = b"\x40\xff\xff." * 5  # writes of the data register
+    take, put = b"\x18\xff\xff\x01", b"\x18\xff\xff\x00"
+    read = b"\x50\xff\xff"
+    loopback = b"\x04\x1f"
+    return [
+        line + fifo + interrupts + b"\x00.\x12\x15",
+        fifo + much + take + take,
+        fifo + interrupts + put + put + read + put,
+        loopback + fifo + much + read + b"\xd0\xff\xff\x08\x00",
+    ]
+
+
+def exits_seeds() -> list[bytes]:
+    """Configuration space by both ways, ports and ranges, claimed and not."""
+    latch = b"\x00\x02\x01\x00" + struct.pack("<I", 0x8000F83C) + b"\x01"
+    config = b"".join(b"\x00" + struct.pack("<BH", shift, 0x09) + bytes(9) for shift in range(3))
+    ecam = b"".join(b"\x01" + bytes((size, 0)) + struct.pack("<H", 241 * size) + bytes(9)
+                    for size in range(8))  # fmt: skip
+    claim = b"\x03\x05\x01" + struct.pack("<HHBH", 64, 8, 0, 16)
+    inside = b"\x01\x03\x01" + struct.pack("<H", 70) + bytes(5)
+    uart = b"\x00" + struct.pack("<BH", 2, 0x3F8) + bytes(5)
+    return [latch + config, ecam, claim + inside + claim + inside, uart]
+
+
+SEEDS: Final = {
+    "virtqueue": virtqueue_seeds,
+    "blk": blk_seeds,
+    "net": net_seeds,
+    "uart": uart_seeds,
+    "exits": exits_seeds,
+}
 
 
 def main(argv: list[str]) -> int:

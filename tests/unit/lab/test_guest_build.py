@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
 import json
+import os
+import pty
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,19 @@ def test_a_manifest_that_cannot_be_read_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(LabError, match="not readable"):
         build.read_manifest(tmp_path)
+
+
+def test_a_login_on_a_console_without_a_size_gives_it_one_and_prints_nothing() -> None:
+    profile = Path(build.__file__).with_name("root") / "etc" / "profile"
+    script = 'stty() { /bin/busybox stty "$@"; }; . "$0"; stty size'
+    ours, theirs = pty.openpty()  # 0 rows, 0 columns
+    done = subprocess.run(
+        ["/bin/busybox", "sh", "-c", script, str(profile)],
+        stdin=theirs,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    os.close(ours)
+    os.close(theirs)
+    assert (done.stdout, done.stderr) == ("24 80\n", "")

@@ -52,12 +52,24 @@ class DiskSpec:
 
 @dataclass(frozen=True, slots=True)
 class NicSpec:
-    """A virtio-net interface; ``fd`` is a tap opened with IFF_VNET_HDR."""
+    """A virtio-net interface.
+
+    Attributes:
+        tap_fds: a tap opened with IFF_VNET_HDR.
+        vhost_fds: /dev/vhost-net for each of these, or empty: the worker moves packets itself.
+    """
 
     id: str
-    fd: int
+    tap_fds: tuple[int, ...]
+    vhost_fds: tuple[int, ...]
     mac: str
     mtu: int | None
+
+    @classmethod
+    def decode(cls, args: dict[str, Any]) -> NicSpec:
+        """Build the spec from JSON, which has no tuples."""
+        names = ("tap_fds", "vhost_fds")
+        return cls(**{**args, **{name: tuple(args[name]) for name in names}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +116,7 @@ class MachineSpec:
         try:
             fields = dict(args)
             fields["disks"] = tuple(DiskSpec(**disk) for disk in fields["disks"])
-            fields["nics"] = tuple(NicSpec(**nic) for nic in fields["nics"])
+            fields["nics"] = tuple(NicSpec.decode(nic) for nic in fields["nics"])
             return cls(**fields)
         except (KeyError, TypeError) as err:
             raise ProtocolError(f"launch: {err}") from err

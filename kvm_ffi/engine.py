@@ -33,7 +33,41 @@ class EngineFault(enum.IntEnum):
     """The host side is gone for good, such as a deleted tap. The engine goes on without it."""
 
 
-class Engine(abc.ABC):
+class DataPath(abc.ABC):
+    """What serves some queues of a device: an engine of ours, or the kernel itself (vhost).
+
+    It is made held still: it has served nothing before resume(), or an Engine before run().
+
+    Threads: any, one at a time.
+    """
+
+    @property
+    @abc.abstractmethod
+    def fault(self) -> EngineFault:
+        """Why the fault EventFd was signalled; NONE when it was not."""
+
+    @abc.abstractmethod
+    def quiesce(self) -> None:
+        """Leave nothing in flight and hold still until resume(); not counted.
+
+        Raises:
+            TimeoutError: a request took too long; it goes on.
+        """
+
+    @abc.abstractmethod
+    def resume(self) -> None:
+        """Go on, beginning with kicks that came meanwhile."""
+
+    @abc.abstractmethod
+    def stop(self) -> None:
+        """Serve no more; an Engine's thread may still be at the request in hand."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release what it holds."""
+
+
+class Engine(DataPath):
     """One C engine: run() in a thread of its own, everything else from any other thread.
 
     Args:

@@ -104,20 +104,3 @@ class NetEngine(Engine):
         stats = ffi.new("struct net_stats *")
         lib.net_engine_stats(self._c, stats)
         return counters(stats, _COUNTERS)
-
-
-def configure_tap(tap_fd: int, features: int) -> None:
-    """Make a tap speak 12-byte headers and leave to the guest what it can do itself.
-
-    Args:
-        tap_fd: a tap of this VM; the setting lasts until the next call, so a device reset should
-            come with features 0.
-        features: negotiated virtio-net feature bits; GUEST_CSUM, GUEST_TSO4, GUEST_TSO6,
-            GUEST_ECN and GUEST_UFO count.
-
-    Raises:
-        OSError: EINVAL when the tap was opened without IFF_VNET_HDR, EBADFD when it is gone.
-
-    Source: Linux include/uapi/linux/if_tun.h, TUNSETOFFLOAD and TUNSETVNETHDRSZ.
-    """
-    check(lib.net_tap_configure(tap_fd, features))

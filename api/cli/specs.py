@@ -3,12 +3,15 @@
 """Reads devices as they are written on a command line.
 
 A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro`` and ``,size=MIB``.
-A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES``.
+A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES``
+and ``,backend=auto|vhost|tap``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+_NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend")
 
 
 class BadSpec(ValueError):
@@ -46,8 +49,9 @@ def parse_nic(text: str) -> dict[str, Any]:
     nic: dict[str, Any] = {"id": nic_id}
     for option in options:
         name, equals, value = option.partition("=")
-        if not equals or name not in {"tap", "bridge", "mac", "mtu"}:
-            raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: tap, bridge, mac, mtu")
+        if not equals or name not in _NIC_OPTIONS:
+            known = ", ".join(_NIC_OPTIONS)
+            raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: {known}")
         nic[name] = _number(text, name, value) if name == "mtu" else value
     return nic
 

@@ -79,7 +79,7 @@ def create(
     ] = None,
     nic: Annotated[
         list[str] | None,
-        typer.Option(help="ID, then ,tap= ,bridge= ,mac= or ,mtu=. Again for more."),
+        typer.Option(help="ID, then ,tap= ,bridge= ,mac= ,mtu= or ,backend=. Again for more."),
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE. Again for more.")] = None,
     no_rng: Annotated[bool, typer.Option("--no-rng", help="No virtio-rng device.")] = False,

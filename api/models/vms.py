@@ -45,6 +45,14 @@ InterfaceName = Annotated[
     Field(description="Name of a host network interface, at most 15 characters."),
 ]
 
+NetBackend = Annotated[
+    Literal["auto", "vhost", "tap"],
+    Field(
+        description="Who moves packets: the kernel's vhost-net, or the VM's own process (`tap`). "
+        "`auto` is vhost where /dev/vhost-net can be opened, else tap; `vhost` does not start then."
+    ),
+]
+
 
 class VmState(StrEnum):
     """Where a VM is in its life; daemon/supervisor/lifecycle.py holds the one table."""
@@ -115,6 +123,7 @@ class NicCreate(Request):
     bridge: InterfaceName | None = Field(
         default=None, description="An existing bridge of the host that the tap joins."
     )
+    backend: NetBackend = "auto"
 
 
 class VmCreate(Request):
@@ -199,6 +208,7 @@ class Nic(Response):
     mac: str
     mtu: int | None
     bridge: str | None
+    backend: NetBackend
 
 
 class StateReason(Response):

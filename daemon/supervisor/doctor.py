@@ -180,7 +180,7 @@ def _probe_checks(probe: Probe) -> list[Check]:
 
 def _check_node(name: str, path: str, remedy: str) -> Check:
     if not Path(path).exists():
-        return _warn(name, f"{path} is not there; Hostel does without it so far", remedy)
+        return _warn(name, f"{path} is not there; Hostel does without it", remedy)
     if not os.access(path, os.R_OK | os.W_OK):
         return _warn(name, f"{path}: no permission for uid {os.geteuid()}", None)
     return _ok(name, f"{path} can be opened")

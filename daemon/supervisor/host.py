@@ -23,8 +23,9 @@ from api.models.resources import Host
 from api.models.vms import VmState, VmStats
 from api.version import API_EXTENSIONS
 
-from . import doctor, procfs
+from . import doctor, procfs, taps
 from .config import Config
+from .records import VmRecord
 from .vm_run import VmRunner
 from .vm_table import VmEntry, VmTable
 
@@ -95,6 +96,7 @@ async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
     try:
         # The worker counts what its ring had no room for, and what the log could not take.
         lost = told.get("console_lost_bytes", 0)
+        _add_tap_counters(known.get("nics", {}), entry.record)
         known["console_dropped_bytes"] = known.get("console_dropped_bytes", 0) + lost
         return VmStats.model_validate({**known, "memory_rss_bytes": procfs.rss_bytes(pid)})
     except (TypeError, ValidationError) as err:
@@ -102,6 +104,13 @@ async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
         raise HostFailure(
             "worker_protocol", f"VM {entry.record.name}: its worker tells no such counters"
         ) from err
+
+
+def _add_tap_counters(nics: dict[str, dict[str, int]], record: VmRecord) -> None:
+    """Tell of interfaces that vhost serves, which counts nothing, what their taps have counted."""
+    for nic in record.nics:
+        if not nics.get(nic.id, True):
+            nics[nic.id] = taps.counters(nic.tap)
 
 
 class Metrics:

@@ -18,8 +18,8 @@ from api.errors import ApiError, HostFailure, Internal
 
 from ..protocol import DiskSpec, MachineSpec, NicSpec
 from .disks import open_locked
-from .records import KernelRecord, VmRecord
-from .taps import open_tap
+from .records import DiskRecord, KernelRecord, VmRecord
+from .taps import open_taps, open_vhost
 
 MIB: Final = 1 << 20
 
@@ -77,12 +77,13 @@ async def prepare(
     initrd_fd = None if boot.initrd_path is None else bag.add(_open_kept(boot.initrd_path))
     disks = []
     for index, disk in enumerate(record.disks):
-        fd = await _in_thread(bag, partial(open_locked, disk, index))
+        (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
         disks.append(DiskSpec(disk.id, fd, disk.read_only))
     nics = []
     for index, nic in enumerate(record.nics):
-        fd = await _in_thread(bag, partial(open_tap, nic, index))
-        nics.append(NicSpec(nic.id, fd, nic.mac, nic.mtu))
+        tap_fds = await _in_thread(bag, partial(open_taps, nic, index))
+        vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
+        nics.append(NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu))
     return MachineSpec(
         vm_id=record.id,
         vcpus=record.vcpus,
@@ -102,19 +103,24 @@ async def prepare(
     )
 
 
-async def _in_thread(bag: FdBag, opener: Callable[[], int]) -> int:
-    """Run what may block in a thread; its descriptor is kept even if the caller is cancelled."""
+def _open_disk(disk: DiskRecord, index: int) -> list[int]:
+    return [open_locked(disk, index)]
+
+
+async def _in_thread(bag: FdBag, opener: Callable[[], list[int]]) -> tuple[int, ...]:
+    """Run what may block in a thread; its descriptors are kept even if the caller is cancelled."""
     future = asyncio.get_running_loop().run_in_executor(None, opener)
     try:
-        return bag.add(await asyncio.shield(future))
+        return tuple(bag.add(fd) for fd in await asyncio.shield(future))
     except asyncio.CancelledError:
         future.add_done_callback(_close_late)
         raise
 
 
-def _close_late(future: asyncio.Future[int]) -> None:
+def _close_late(future: asyncio.Future[list[int]]) -> None:
     if future.exception() is None:
-        os.close(future.result())
+        for fd in future.result():
+            os.close(fd)
 
 
 def open_kvm(path: str) -> int:

@@ -21,6 +21,7 @@ from .store import Statement
 
 OnReboot = Literal["reset", "stop"]
 OnPanic = Literal["keep", "reset", "stop"]
+Backend = Literal["auto", "vhost", "tap"]
 
 
 def now() -> datetime:
@@ -49,6 +50,7 @@ class NicRecord:
     mac: str
     mtu: int | None
     bridge: str | None
+    backend: Backend = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""Taps: made or attached to, brought up, put on a bridge.
+"""Taps: made or attached to, brought up, put on a bridge; and vhost-net to serve them.
 
 By ioctl, and not by netlink: five requests do not need a library that takes 0.2 s (and in an
 emulated host many seconds) to import. A tap that is made here is not persistent: it vanishes with
@@ -24,6 +24,7 @@ from api.errors import ApiError, Conflict, HostFailure, Invalid
 from .records import NicRecord
 
 _TUN_DEVICE: Final = "/dev/net/tun"
+_VHOST_DEVICE: Final = "/dev/vhost-net"
 _SYS_NET: Final = Path("/sys/class/net")
 
 # Linux include/uapi/linux/if_tun.h: TUNSETIFF is _IOW('T', 202, int).
@@ -38,6 +39,7 @@ _SIOCGIFMTU: Final = 0x8921
 _SIOCSIFMTU: Final = 0x8922
 _SIOCBRADDIF: Final = 0x89A2
 _IFF_UP: Final = 0x1
+_TAP_COUNTERS: Final = ("packets", "bytes", "dropped")
 # struct ifreq: 16 bytes of name, then a union of 24.
 _IFREQ_FLAGS: Final = struct.Struct("=16sH22x")
 _IFREQ_INT: Final = struct.Struct("=16si20x")
@@ -76,7 +78,7 @@ def check_bridge(name: str, field: str) -> None:
         )
 
 
-def open_tap(nic: NicRecord, index: int) -> int:
+def open_taps(nic: NicRecord, index: int) -> list[int]:
     """Open a VM's tap, up and on its bridge, and return its descriptor.
 
     Args:
@@ -103,7 +105,51 @@ def open_tap(nic: NicRecord, index: int) -> int:
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return [fd]
+
+
+def open_vhost(nic: NicRecord, index: int, count: int) -> list[int]:
+    """Open vhost-net ``count`` times; none where the engine of the worker is to move the packets.
+
+    Args:
+        nic: says which of the two.
+        index: of the interface in its VM, for errors.
+        count: of pairs of queues.
+
+    Raises:
+        HostFailure: the VM insists on vhost, and the host has none.
+
+    Threads: any; may block while the kernel loads the module.
+    """
+    fds: list[int] = []
+    if nic.backend == "tap":
+        return fds
+    try:
+        for _ in range(count):
+            fds.append(os.open(_VHOST_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as err:
+        for fd in fds:
+            os.close(fd)
+        if nic.backend == "auto":
+            return []
+        raise HostFailure(
+            "vhost_unavailable",
+            f"{_VHOST_DEVICE}: {err.strerror}; load it with: modprobe vhost_net, check its"
+            " permissions, or take backend auto",
+            field=f"nics.{index}.backend",
+        ) from err
+    return fds
+
+
+def counters(tap: str) -> dict[str, int]:
+    """Return what the kernel counted on a tap, as its guest sees it; empty when it has gone."""
+    directory = _SYS_NET / tap / "statistics"
+    sides = (("rx", "tx"), ("tx", "rx"))  # what the tap sends, the guest receives
+    names = [(f"{to}_{what}", f"{of}_{what}") for to, of in sides for what in _TAP_COUNTERS]
+    try:
+        return {ours: int((directory / theirs).read_text()) for ours, theirs in names}
+    except (OSError, ValueError):
+        return {}
 
 
 def _attach(fd: int, name: str, field: str) -> None:

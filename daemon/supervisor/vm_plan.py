@@ -211,7 +211,7 @@ class Planner:
             if nic.bridge is not None:
                 taps.check_bridge(nic.bridge, f"nics.{index}.bridge")
             mac = nic.mac or derive_mac(vm_id, nic.id)
-            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge))
+            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge, nic.backend))
         return tuple(records)
 
     def _check_tap(self, tap: str, index: int, siblings: list[NicRecord]) -> None:

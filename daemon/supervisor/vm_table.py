@@ -324,7 +324,14 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
             for disk in record.disks
         ],
         nics=[
-            Nic(id=nic.id, tap=nic.tap, mac=nic.mac, mtu=nic.mtu, bridge=nic.bridge)
+            Nic(
+                id=nic.id,
+                tap=nic.tap,
+                mac=nic.mac,
+                mtu=nic.mtu,
+                bridge=nic.bridge,
+                backend=nic.backend,
+            )
             for nic in record.nics
         ],
         rng=record.rng,

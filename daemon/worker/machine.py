@@ -42,7 +42,7 @@ from kvm_ffi.vcpu import Vcpu
 
 from .. import protocol
 from ..errors import ProtocolError, WorkerError
-from ..protocol import MachineSpec
+from ..protocol import DiskSpec, MachineSpec, NicSpec
 from . import boot, layout
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
@@ -200,8 +200,8 @@ class Machine:
         self._pci = PciHost(self._table, self._mmio, acpi.pci_window_32, acpi.pci_window_64)
         router = IrqRouter(self._vm)
         has_wildcard = self._vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH")
-        for make, fd in _virtio_devices(spec, fds):
-            device = _make_with_copy(make, fd)
+        for make, device_fds in _virtio_devices(spec, fds):
+            device = _make_with_copies(make, device_fds)
             try:
                 transport = VirtioPci(
                     device,
@@ -341,31 +341,43 @@ _FATAL: Final = {
 }
 
 
-_DeviceMaker = Callable[[int], VirtioDevice]
+_DeviceMaker = Callable[[list[int]], VirtioDevice]
 
 
-def _virtio_devices(spec: MachineSpec, fds: MachineFds) -> Iterator[tuple[_DeviceMaker, int]]:
-    """Yield how to make each device, and the descriptor behind it (-1: none), in slot order."""
+def _virtio_devices(
+    spec: MachineSpec, fds: MachineFds
+) -> Iterator[tuple[_DeviceMaker, tuple[int, ...]]]:
+    """Yield how to make each device, and the descriptors behind it, in slot order."""
     for disk in spec.disks:
-        # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
-        make_blk = partial(
-            VirtioBlk, disk.id, path=disk.id, is_read_only=disk.read_only, serial=disk.id
-        )
-        yield make_blk, fds[disk.fd]
+        yield partial(_make_disk, disk), (fds[disk.fd],)
     for nic in spec.nics:
-        mac = bytes.fromhex(nic.mac.replace(":", ""))
-        yield partial(VirtioNet, nic.id, path=nic.id, mac=mac, mtu=nic.mtu), fds[nic.fd]
+        yield partial(_make_nic, nic), tuple(fds[i] for i in (*nic.tap_fds, *nic.vhost_fds))
     if spec.rng:
-        yield lambda _: VirtioRng(), -1
+        yield lambda _: VirtioRng(), ()
 
 
-def _make_with_copy(make: _DeviceMaker, fd: int) -> VirtioDevice:
-    """Make a device with a descriptor of its own: it will close it, and a reset needs it again."""
-    copy = os.dup(fd) if fd >= 0 else -1
+def _make_disk(disk: DiskSpec, fds: list[int]) -> VirtioBlk:
+    # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
+    return VirtioBlk(disk.id, fds[0], path=disk.id, is_read_only=disk.read_only, serial=disk.id)
+
+
+def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
+    n_pairs = len(nic.tap_fds)
+    mac = bytes.fromhex(nic.mac.replace(":", ""))
+    return VirtioNet(
+        nic.id, fds[:n_pairs], vhost_fds=fds[n_pairs:], path=nic.id, mac=mac, mtu=nic.mtu
+    )
+
+
+def _make_with_copies(make: _DeviceMaker, fds: tuple[int, ...]) -> VirtioDevice:
+    """Make a device with descriptors of its own: it will close them, and a reset needs them."""
+    copies: list[int] = []
     try:
-        return make(copy)
+        for fd in fds:
+            copies.append(os.dup(fd))
+        return make(copies)
     except BaseException:
-        if copy >= 0:
+        for copy in copies:
             os.close(copy)
         raise
 

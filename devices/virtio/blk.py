@@ -40,7 +40,7 @@ from .ids import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvm_ffi.engine import Engine
+    from kvm_ffi.engine import DataPath
 
     from .queue import Activation
 
@@ -149,7 +149,7 @@ class VirtioBlk(EngineDevice):
             1,
         )
 
-    def make_engines(self, activation: Activation) -> Sequence[Engine]:
+    def make_engines(self, activation: Activation) -> Sequence[DataPath]:
         """Build one engine for each enabled queue; the first one must be."""
         activation.require(0)
         is_writethrough = not activation.features & VIRTIO_BLK_F_FLUSH
@@ -169,7 +169,7 @@ class VirtioBlk(EngineDevice):
             for enabled in activation.queues.values()
         ]
 
-    def engine_stats(self, engine: Engine) -> dict[str, int]:
+    def engine_stats(self, engine: DataPath) -> dict[str, int]:
         """Return the block engine's counters."""
         assert isinstance(engine, BlkEngine)
         return engine.stats()

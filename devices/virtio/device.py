@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from devices.errors import BackendError, BadRegisterAccess
 from devices.ratelimit import GuestLog
-from kvm_ffi.engine import EngineFault
+from kvm_ffi.engine import Engine, EngineFault
 from kvm_ffi.errors import GuestError
 
 from .ids import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1
 
 if TYPE_CHECKING:
-    from kvm_ffi.engine import Engine
+    from kvm_ffi.engine import DataPath
     from kvm_ffi.virtqueue import DescriptorChain
 
     from .queue import Activation, EnabledQueue
@@ -219,18 +219,21 @@ class KickedDevice(VirtioDevice):
 
 
 class EngineDevice(VirtioDevice):
-    """A fast device: C engines serve its queues, each in a thread named after the device."""
+    """A fast device: C engines serve its queues, each in a thread named after the device.
+
+    Where the kernel serves them itself (vhost), what stands for it here has no thread.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._engines: tuple[Engine, ...] = ()
+        self._engines: tuple[DataPath, ...] = ()
         self._threads: tuple[threading.Thread, ...] = ()
         self._is_quiesced = False
         self._failure: str | None = None
         self._totals: Counter[str] = Counter()
 
     @abc.abstractmethod
-    def make_engines(self, activation: Activation) -> Sequence[Engine]:
+    def make_engines(self, activation: Activation) -> Sequence[DataPath]:
         """Build the engines for the queues that were enabled; called under the device's lock.
 
         Raises:
@@ -239,7 +242,7 @@ class EngineDevice(VirtioDevice):
         """
 
     @abc.abstractmethod
-    def engine_stats(self, engine: Engine) -> dict[str, int]:
+    def engine_stats(self, engine: DataPath) -> dict[str, int]:
         """Return the counters of one engine."""
 
     def activate(self, activation: Activation) -> None:
@@ -252,18 +255,24 @@ class EngineDevice(VirtioDevice):
             self._failure = None
             self._engines = tuple(self.make_engines(activation))
             self._activation = activation
-            if self._is_quiesced:
-                for engine in self._engines:
-                    engine.quiesce()
             for engine in self._engines:
-                thread = threading.Thread(
-                    target=self._serve, args=(engine, activation), name=self.name, daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError as err:
-                    raise BackendError(self.name, str(err)) from err
-                self._threads += (thread,)
+                self._start(engine, activation)
+
+    def _start(self, engine: DataPath, activation: Activation) -> None:
+        if self._is_quiesced:
+            engine.quiesce()
+        else:
+            engine.resume()
+        if not isinstance(engine, Engine):
+            return
+        thread = threading.Thread(
+            target=self._serve, args=(engine, activation), name=self.name, daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as err:
+            raise BackendError(self.name, str(err)) from err
+        self._threads += (thread,)
 
     def reset(self) -> None:
         """Stop the engines and wait for their threads: for the request in hand, no longer."""

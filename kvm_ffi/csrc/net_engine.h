@@ -63,8 +63,4 @@ struct engine_gate *net_engine_gate(struct net_engine *engine);
 int net_engine_fault(const struct net_engine *engine);
 void net_engine_stats(const struct net_engine *engine, struct net_stats *ret);
 
-/* Set a tap's header size and offloads to what the driver negotiated: 0, -EINVAL for a
- * tap without IFF_VNET_HDR, or the errno of the ioctl. */
-int net_tap_configure(int tap_fd, uint64_t features);
-
 #endif

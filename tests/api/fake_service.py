@@ -204,6 +204,7 @@ class FakeService:
                     mac=nic.mac or "02:00:00:00:00:01",
                     mtu=nic.mtu,
                     bridge=nic.bridge,
+                    backend=nic.backend,
                 )
                 for nic in request.nics
             ],

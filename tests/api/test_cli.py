@@ -318,13 +318,14 @@ def test_unreadable_disk_says_how_to_write_it(text: str) -> None:
 
 
 def test_nic_is_read_as_written() -> None:
-    nic = parse_nic("net0,tap=tap7,bridge=br0,mac=02:00:00:00:00:01,mtu=1400")
+    nic = parse_nic("net0,tap=tap7,bridge=br0,mac=02:00:00:00:00:01,mtu=1400,backend=tap")
     assert nic == {
         "id": "net0",
         "tap": "tap7",
         "bridge": "br0",
         "mac": "02:00:00:00:00:01",
         "mtu": 1400,
+        "backend": "tap",
     }
 
 

@@ -44,7 +44,7 @@ def bridge() -> Iterator[str]:
 
 
 def test_a_tap_is_up_with_its_mtu_and_gone_with_its_descriptor() -> None:
-    fd = taps.open_tap(nic(mtu=1400), 0)
+    (fd,) = taps.open_taps(nic(mtu=1400), 0)
     assert (SYS / TAP / "mtu").read_text().strip() == "1400"
     assert int((SYS / TAP / "flags").read_text(), 16) & 1
     os.close(fd)
@@ -52,32 +52,32 @@ def test_a_tap_is_up_with_its_mtu_and_gone_with_its_descriptor() -> None:
 
 
 def test_a_tap_in_use_is_refused() -> None:
-    fd = taps.open_tap(nic(), 0)
+    (fd,) = taps.open_taps(nic(), 0)
     with pytest.raises(Conflict, match="in use"):
-        taps.open_tap(nic(), 1)
+        taps.open_taps(nic(), 1)
     os.close(fd)
 
 
 def test_an_interface_that_is_no_tap_is_refused() -> None:
     with pytest.raises(Invalid, match="choose another name"):
-        taps.open_tap(nic(tap="lo"), 0)
+        taps.open_taps(nic(tap="lo"), 0)
 
 
 def test_an_mtu_that_the_kernel_refuses_leaves_no_tap() -> None:
     with pytest.raises(Invalid, match="refuses mtu 67"):
-        taps.open_tap(nic(mtu=67), 0)
+        taps.open_taps(nic(mtu=67), 0)
     assert not (SYS / TAP).exists()
 
 
 def test_a_missing_bridge_leaves_no_tap() -> None:
     with pytest.raises(Invalid, match="cannot join nobridge0"):
-        taps.open_tap(nic(bridge="nobridge0"), 0)
+        taps.open_taps(nic(bridge="nobridge0"), 0)
     assert not (SYS / TAP).exists()
 
 
 def test_a_tap_joins_its_bridge(bridge: str) -> None:
     taps.check_bridge(bridge, "f")
-    fd = taps.open_tap(nic(bridge=bridge), 0)
+    (fd,) = taps.open_taps(nic(bridge=bridge), 0)
     assert (SYS / bridge / "brif" / TAP).exists()
     os.close(fd)
 
@@ -88,7 +88,7 @@ def test_a_persistent_tap_is_used_and_stays(bridge: str) -> None:
     try:
         taps.check_name(TAP, "f")
         for _ in range(2):
-            os.close(taps.open_tap(nic(bridge=bridge), 0))
+            os.close(taps.open_taps(nic(bridge=bridge), 0)[0])
         assert (SYS / bridge / "brif" / TAP).exists()
     finally:
         ip("link", "del", TAP)

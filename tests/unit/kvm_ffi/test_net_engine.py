@@ -15,7 +15,8 @@ from kvm_ffi._kvm import ffi, lib
 from kvm_ffi.engine import EngineFault
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.memory import GuestMemory
-from kvm_ffi.net_engine import HEADER_BYTES, MAX_PACKET_BYTES, NetEngine, configure_tap
+from kvm_ffi.net_engine import HEADER_BYTES, MAX_PACKET_BYTES, NetEngine
+from kvm_ffi.net_tap import configure_tap
 from kvm_ffi.types import Gpa
 from kvm_ffi.virtqueue import Virtqueue
 from tests.support.engine_thread import running, wait_signal, wait_until

@@ -23,7 +23,8 @@ from kvm_ffi._kvm import lib
 from kvm_ffi.engine import EngineFault
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.memory import GuestMemory
-from kvm_ffi.net_engine import NetEngine, configure_tap
+from kvm_ffi.net_engine import NetEngine
+from kvm_ffi.net_tap import configure_tap
 from kvm_ffi.types import Gpa
 from tests.support.engine_thread import running, wait_signal
 from tests.support.ring_driver import WRITE, RingDriver

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from tests.unit.devices.virtio.conftest import Machine
 
 VERSION_1 = 1 << 32
+F_EVENT_IDX = 1 << 29
 F_CSUM, F_GUEST_CSUM, F_MTU, F_MAC, F_GUEST_TSO4 = 1 << 0, 1 << 1, 1 << 3, 1 << 5, 1 << 7
 F_GUEST_ECN, F_HOST_TSO4, F_MRG_RXBUF, F_STATUS = 1 << 9, 1 << 11, 1 << 15, 1 << 16
 MAC = bytes.fromhex("52540000beef")
@@ -55,7 +58,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
 
 @pytest.fixture
 def machine(wire: Wire, make_machine: Callable[[VirtioDevice], Machine]) -> Machine:
-    machine = make_machine(VirtioNet("net0", wire.near_fd, path="tap0", mac=MAC, mtu=1400))
+    machine = make_machine(VirtioNet("net0", [wire.near_fd], path="tap0", mac=MAC, mtu=1400))
     machine.enable_memory()
     return machine
 
@@ -140,19 +143,42 @@ def test_pulling_the_cable_tells_the_driver_once(machine: Machine) -> None:
     assert machine.interrupts(0) == 1
 
 
+def test_what_vhost_cannot_do_is_not_offered(
+    wire: Wire, make_machine: Callable[[VirtioDevice], Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices.virtio.net.VhostDevice, "features", lambda _: VERSION_1 | 1 << 24)
+    vhost_fd = os.open(os.devnull, os.O_RDWR)
+    device = VirtioNet("net0", [wire.near_fd], path="tap0", mac=MAC, vhost_fds=[vhost_fd])
+    machine = make_machine(device)
+    machine.enable_memory()
+    assert not machine.offered() & (F_MRG_RXBUF | F_EVENT_IDX)
+    assert machine.offered() & VERSION_1
+    assert machine.offered() & F_GUEST_TSO4
+
+
+@pytest.mark.parametrize("features", [0, None], ids=["virtio 0.9", "no vhost"])
+def test_vhost_that_cannot_be_used_is_a_backend_error(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch, features: int | None
+) -> None:
+    if features is not None:
+        monkeypatch.setattr(devices.virtio.net.VhostDevice, "features", lambda _: features)
+    with Path(os.devnull).open("rb") as null, pytest.raises(BackendError, match=r"tap0: .*vhost"):
+        VirtioNet("net0", [wire.near_fd], path="tap0", mac=MAC, vhost_fds=[null.fileno()])
+
+
 def test_descriptor_that_is_no_tap_is_a_backend_error(wire: Wire) -> None:
     wire.error = errno.ENOTTY
     with pytest.raises(BackendError, match="tap0: not a tap"):
-        VirtioNet("net0", wire.near_fd, path="tap0", mac=MAC)
+        VirtioNet("net0", [wire.near_fd], path="tap0", mac=MAC)
 
 
 @pytest.mark.parametrize("mac", [b"", MAC + b"\0", b"\x01\0\0\0\0\0"])
 def test_bad_mac_is_refused(mac: bytes) -> None:
     with pytest.raises(ValueError, match="six bytes"):
-        VirtioNet("net0", -1, path="tap0", mac=mac)
+        VirtioNet("net0", [-1], path="tap0", mac=mac)
 
 
 @pytest.mark.parametrize("mtu", [0, 67, 65536])
 def test_bad_mtu_is_refused(mtu: int) -> None:
     with pytest.raises(ValueError, match=r"68\.\.65535"):
-        VirtioNet("net0", -1, path="tap0", mac=MAC, mtu=mtu)
+        VirtioNet("net0", [-1], path="tap0", mac=MAC, mtu=mtu)

@@ -7,6 +7,9 @@ Source: VIRTIO 1.2, 5.2.6 "Device Operation". The C side is csrc/blk_engine.c.
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ._kvm import ffi, lib
@@ -15,6 +18,7 @@ from .engine import Engine, EngineFault, check, counters
 if TYPE_CHECKING:
     from ._kvm import CData
     from .memory import GuestMemory
+    from .rate_limiter import RateLimiter
     from .types import SupportsFd
     from .virtqueue import Virtqueue
 
@@ -22,37 +26,78 @@ SECTOR_BYTES: Final = lib.BLK_SECTOR_BYTES
 SERIAL_BYTES: Final = lib.BLK_SERIAL_BYTES
 MAX_SECTORS: Final = lib.BLK_MAX_SECTORS
 MAX_REQUEST_BYTES: Final = lib.BLK_MAX_REQUEST_BYTES
+MAX_QUEUES: Final = lib.BLK_MAX_QUEUES
 # What the config space must advertise; the engine answers IOERR beyond.
 MAX_DISCARD_SEGMENTS: Final = lib.BLK_MAX_DISCARD_SEGMENTS
 MAX_DISCARD_SECTORS: Final = lib.BLK_MAX_DISCARD_SECTORS
 MAX_WRITE_ZEROES_SEGMENTS: Final = lib.BLK_MAX_WRITE_ZEROES_SEGMENTS
 MAX_WRITE_ZEROES_SECTORS: Final = lib.BLK_MAX_WRITE_ZEROES_SECTORS
 
+LATENCY_LIMITS_NS: Final = tuple(
+    1 << (lib.BLK_LATENCY_SHIFT + bucket) for bucket in range(lib.BLK_LATENCY_BUCKETS - 1)
+)
+"""What the requests of each bucket of a latency histogram took less than; the last has no limit."""
+
 _COUNTERS: Final = (
     "reads", "writes", "flushes", "discards", "write_zeroes", "get_ids", "read_bytes",
-    "write_bytes", "errors", "unsupported", "host_errors", "syncs", "kicks", "interrupts",
+    "write_bytes", "errors", "unsupported", "host_errors", "kicks", "interrupts", "suppressed",
+    "throttled", "in_flight",
 )  # fmt: skip
 
 
-class BlkEngine(Engine):
-    """Serves IN, OUT, FLUSH, GET_ID, DISCARD and WRITE_ZEROES of one request queue.
+class IoEngine(enum.Enum):
+    """What carries a disk's operations out."""
 
-    Data moves by preadv/pwritev between the file and guest memory, one request at a time. What
-    the host's file refuses (EIO, ENOSPC, an early end) is IOERR for the guest and counted; the VM
-    goes on.
+    AUTO = "auto"
+    """io_uring where the host permits it, else threads."""
+    IO_URING = "io_uring"
+    """Many operations at a time, by the kernel."""
+    THREADS = "threads"
+    """One at a time, by the disk's thread itself."""
+
+
+_IO_ENGINE: Final = {
+    IoEngine.AUTO: lib.BLK_IO_AUTO,
+    IoEngine.IO_URING: lib.BLK_IO_URING,
+    IoEngine.THREADS: lib.BLK_IO_THREADS,
+}
+_IO_ENGINE_OF: Final = {number: engine for engine, number in _IO_ENGINE.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class BlkQueue:
+    """A request queue and its wires.
+
+    Attributes:
+        queue: the engine alone uses it while it runs.
+        kick: signalled by the guest.
+        irq: signalled for the guest, or None when it polls.
+    """
+
+    queue: Virtqueue
+    kick: SupportsFd
+    irq: SupportsFd | None
+
+
+class BlkEngine(Engine):
+    """Serves IN, OUT, FLUSH, GET_ID, DISCARD and WRITE_ZEROES of all request queues of a disk.
+
+    Data moves between the file and guest memory without a copy in between, except where O_DIRECT
+    asks for an alignment that the guest's buffers do not have. What the host's file refuses (EIO,
+    ENOSPC, an early end) is IOERR for that request alone, and counted; the VM goes on.
 
     Args:
         memory: the guest's RAM; must stay open until close().
-        disk_fd: open for what the guest may do; stays the caller's.
+        disk_fd: open for what the guest may do; stays the caller's. With O_DIRECT or without.
         size_sectors: capacity in 512-byte sectors, up to MAX_SECTORS.
         read_only: whether VIRTIO_BLK_F_RO was offered; writes are IOERR then.
         serial: answer to GET_ID, up to 20 bytes, padded with zeros.
-        queue: the request queue; the engine alone uses it while it runs.
-        kick: signalled by the guest.
-        irq: signalled for the guest, or None when it polls.
-        fault: signalled once when the ring breaks; run() returns False then.
+        queues: up to MAX_QUEUES; `counters` has them in this order.
+        fault: signalled once when a ring breaks; run() returns False then.
         is_writethrough: the driver did not negotiate FLUSH, so every write is made durable
             before it is answered (VIRTIO 1.2, 5.2.6.2).
+        io_engine: IO_URING makes run() raise OSError where it is not permitted.
+        limiter: shared by all queues; wake() the engine after changing it.
 
     Raises:
         ValueError: size_sectors or serial is too large.
@@ -66,28 +111,34 @@ class BlkEngine(Engine):
         size_sectors: int,
         read_only: bool,
         serial: bytes,
-        queue: Virtqueue,
-        kick: SupportsFd,
-        irq: SupportsFd | None,
+        queues: Sequence[BlkQueue],
         fault: SupportsFd,
         is_writethrough: bool = False,
+        io_engine: IoEngine = IoEngine.AUTO,
+        limiter: RateLimiter | None = None,
     ) -> None:
         _check_size(size_sectors)
         if len(serial) > SERIAL_BYTES:
             raise ValueError(f"serial {serial!r}: must be at most {SERIAL_BYTES} bytes")
         config = ffi.new("struct blk_config *")
-        config.vq = queue.raw
         config.size_sectors = size_sectors
         config.disk_fd = disk_fd
-        config.kick_fd = kick.fd
-        config.irq_fd = -1 if irq is None else irq.fd
         config.fault_fd = fault.fd
         config.is_read_only = read_only
         config.is_writethrough = is_writethrough
+        config.io_engine = _IO_ENGINE[io_engine]
+        config.limiter = ffi.NULL if limiter is None else limiter.raw
         ffi.memmove(config.serial, serial, len(serial))
+        config.n_queues = len(queues)
+        for each, wires in zip(queues, config.queues, strict=False):
+            wires.vq = each.queue.raw
+            wires.kick_fd = each.kick.fd
+            wires.irq_fd = -1 if each.irq is None else each.irq.fd
         created = ffi.new("struct blk_engine **")
         check(lib.blk_engine_create(config, created))
-        super().__init__(created[0], lib.blk_engine_destroy, (memory, queue, kick, irq, fault))
+        self._n_queues = len(queues)
+        keepalive = (memory, queues, fault, limiter)
+        super().__init__(created[0], lib.blk_engine_destroy, keepalive)
 
     def _run(self) -> int:
         return lib.blk_engine_run(self._c)
@@ -100,6 +151,11 @@ class BlkEngine(Engine):
         """Why the fault EventFd was signalled: RING, or NONE."""
         return EngineFault(lib.blk_engine_fault(self._c))
 
+    @property
+    def io_engine(self) -> IoEngine:
+        """What runs: IO_URING or THREADS; AUTO until run() has begun."""
+        return _IO_ENGINE_OF[lib.blk_engine_io(self._c)]
+
     def set_size(self, size_sectors: int) -> None:
         """Change the capacity; requests that start later see it. The device tells the driver.
 
@@ -109,16 +165,62 @@ class BlkEngine(Engine):
         _check_size(size_sectors)
         check(lib.blk_engine_set_size(self._c, size_sectors))
 
-    def stats(self) -> dict[str, int]:
-        """Counts since the start: requests by type, read_bytes, write_bytes, kicks, interrupts.
+    @property
+    def syncs(self) -> int:
+        """How often the file was synced."""
+        return lib.blk_engine_syncs(self._c)
+
+    def queue_stats(self) -> list[dict[str, int]]:
+        """Counters of each queue since the start.
 
         `errors` were answered IOERR, `host_errors` of them were the host file's fault,
-        `unsupported` were answered UNSUPP, `syncs` are fdatasync calls. Each value is exact; two
-        values may be a request apart.
+        `unsupported` were answered UNSUPP. `suppressed` are batches of completions that the driver
+        wanted no interrupt for, `throttled` how often a request had to wait for a limit,
+        `in_flight` how many requests there are now. Each value is exact; two values may be a
+        request apart.
         """
-        stats = ffi.new("struct blk_stats *")
-        lib.blk_engine_stats(self._c, stats)
-        return counters(stats, _COUNTERS)
+        return [counters(self._queue_stats(index), _COUNTERS) for index in range(self._n_queues)]
+
+    def latency(self) -> list[list[int]]:
+        """How many requests of each queue fell into each bucket of LATENCY_LIMITS_NS.
+
+        Counted from when a request was taken from its ring until it was answered.
+        """
+        return [list(self._queue_stats(index).latency) for index in range(self._n_queues)]
+
+    def _queue_stats(self, index: int) -> CData:
+        stats = ffi.new("struct blk_queue_stats *")
+        lib.blk_engine_queue_stats(self._c, index, stats)
+        return stats
+
+    def stats(self) -> dict[str, int]:
+        """Counters of all queues together, and `syncs`."""
+        totals = dict.fromkeys(_COUNTERS, 0)
+        for one in self.queue_stats():
+            for name, count in one.items():
+                totals[name] += count
+        return totals | {"syncs": self.syncs}
+
+
+def require_io_uring() -> None:
+    """Make sure that this process may use io_uring.
+
+    Raises:
+        OSError: it may not: EPERM (the sysctl kernel.io_uring_disabled, or a filter of system
+            calls), ENOSYS, or EOPNOTSUPP (older than Linux 5.13).
+    """
+    check(lib.blk_io_uring_probe())
+
+
+def direct_align_bytes(fd: int) -> int:
+    """What offsets and lengths of a file must be multiples of: 1 unless it was opened O_DIRECT.
+
+    Raises:
+        OSError: the descriptor is not open.
+    """
+    file = ffi.new("struct blk_file *")
+    check(lib.blk_file_init(file, fd))
+    return int(file.offset_align)
 
 
 def _check_size(size_sectors: int) -> None:

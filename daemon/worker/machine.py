@@ -349,16 +349,23 @@ def _virtio_devices(
 ) -> Iterator[tuple[_DeviceMaker, tuple[int, ...]]]:
     """Yield how to make each device, and the descriptors behind it, in slot order."""
     for disk in spec.disks:
-        yield partial(_make_disk, disk), (fds[disk.fd],)
+        yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],)
     for nic in spec.nics:
         yield partial(_make_nic, nic), tuple(fds[i] for i in (*nic.tap_fds, *nic.vhost_fds))
     if spec.rng:
         yield lambda _: VirtioRng(), ()
 
 
-def _make_disk(disk: DiskSpec, fds: list[int]) -> VirtioBlk:
+def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:
     # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
-    return VirtioBlk(disk.id, fds[0], path=disk.id, is_read_only=disk.read_only, serial=disk.id)
+    return VirtioBlk(
+        disk.id,
+        fds[0],
+        path=disk.id,
+        is_read_only=disk.read_only,
+        serial=disk.id,
+        n_queues=vcpus,
+    )
 
 
 def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:

@@ -11,28 +11,37 @@ import fcntl
 import os
 import stat
 import struct
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from devices.errors import BackendError
 from kvm_ffi.blk_engine import (
+    LATENCY_LIMITS_NS,
     MAX_DISCARD_SECTORS,
     MAX_DISCARD_SEGMENTS,
+    MAX_QUEUES,
     MAX_REQUEST_BYTES,
     MAX_WRITE_ZEROES_SECTORS,
     MAX_WRITE_ZEROES_SEGMENTS,
     SECTOR_BYTES,
     SERIAL_BYTES,
     BlkEngine,
+    BlkQueue,
+    IoEngine,
+    direct_align_bytes,
+    require_io_uring,
 )
+from kvm_ffi.rate_limiter import UNLIMITED, RateLimit, RateLimiter
 
 from .device import EngineDevice
 from .ids import (
     VIRTIO_BLK_F_BLK_SIZE,
     VIRTIO_BLK_F_DISCARD,
     VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY,
     VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_ID_BLOCK,
 )
@@ -89,40 +98,68 @@ class VirtioBlk(EngineDevice):
 
     Args:
         name: e.g. "blk0"; also the name of the engine's thread.
-        disk_fd: open for what the guest may do; owned from now on.
+        disk_fd: open for what the guest may do, with O_DIRECT or without; owned from now on.
         path: for error texts only.
         is_read_only: offer VIRTIO_BLK_F_RO and refuse writes.
         serial: what the guest sees in /sys/block/vda/serial, at most 20 ASCII bytes.
+        n_queues: 1 to MAX_QUEUES; a driver uses one for each vCPU, as far as they go.
+        io_engine: what carries its operations out.
+        limit: of bytes and operations per second.
 
     Raises:
-        BackendError: the descriptor is no file or block device.
+        BackendError: the descriptor is no file or block device, its size is not one that O_DIRECT
+            can write, or io_uring is asked for and not permitted.
         ValueError: the serial is too long.
     """
 
     DEVICE_ID: ClassVar[int] = VIRTIO_ID_BLOCK
     PCI_CLASS: ClassVar[int] = 0x018000
-    QUEUE_SIZES: ClassVar[tuple[int, ...]] = (QUEUE_SIZE,)
     FEATURES: ClassVar[int] = (
         VIRTIO_BLK_F_SIZE_MAX | VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE | VIRTIO_BLK_F_FLUSH
     )
     WRITE_FEATURES: ClassVar[int] = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
 
-    def __init__(
-        self, name: str, disk_fd: int, *, path: str, is_read_only: bool = False, serial: str = ""
+    def __init__(  # noqa: PLR0913 - what a disk can be
+        self,
+        name: str,
+        disk_fd: int,
+        *,
+        path: str,
+        is_read_only: bool = False,
+        serial: str = "",
+        n_queues: int = 1,
+        io_engine: IoEngine = IoEngine.AUTO,
+        limit: RateLimit = UNLIMITED,
     ) -> None:
         super().__init__(name)
         self._serial = serial.encode("ascii", "replace")
         if len(self._serial) > SERIAL_BYTES:
             raise ValueError(f"serial={serial!r}: must be at most {SERIAL_BYTES} bytes")
+        self.QUEUE_SIZES = (QUEUE_SIZE,) * min(n_queues, MAX_QUEUES)
         self._disk_fd = disk_fd
         self._path = path
         self._is_read_only = is_read_only
+        self._io_engine = io_engine
+        self._limiter = RateLimiter(limit)
         self._size_sectors = backend_size_bytes(disk_fd, path) // SECTOR_BYTES
+        self._align_bytes = direct_align_bytes(disk_fd)
+        if self._size_sectors * SECTOR_BYTES % self._align_bytes:
+            raise BackendError(
+                path,
+                f"{self._size_sectors * SECTOR_BYTES} bytes: with O_DIRECT its size must be a"
+                f" multiple of {self._align_bytes}; grow it, or use the page cache",
+            )
+        if io_engine is IoEngine.IO_URING:
+            _require_io_uring(path)
 
     @property
     def features(self) -> int:
         """The bits that this disk offers: a read-only one cannot discard."""
         specific = VIRTIO_BLK_F_RO if self._is_read_only else self.WRITE_FEATURES
+        if len(self.QUEUE_SIZES) > 1:
+            specific |= VIRTIO_BLK_F_MQ
+        if self._align_bytes > SECTOR_BYTES:
+            specific |= VIRTIO_BLK_F_TOPOLOGY
         return super().features | specific
 
     @property
@@ -131,14 +168,19 @@ class VirtioBlk(EngineDevice):
         return self._size_sectors
 
     def config_space(self) -> bytes:
-        """Return struct virtio_blk_config."""
+        """Return struct virtio_blk_config.
+
+        The block size stays 512 whatever the host's disk has, so that a disk keeps its partition
+        table when it moves; what the host does best at is told as the physical block.
+        """
+        physical_exponent = max(0, (self._align_bytes // BLOCK_BYTES).bit_length() - 1)
         return _CONFIG.pack(
             self._size_sectors,
             SIZE_MAX_BYTES,
             SEG_MAX,
             *(0, 0, 0),
             BLOCK_BYTES,
-            *(0, 0, 0, 0),
+            *(physical_exponent, 0, 0, 0),
             0,
             len(self.QUEUE_SIZES),
             MAX_DISCARD_SECTORS,
@@ -150,9 +192,8 @@ class VirtioBlk(EngineDevice):
         )
 
     def make_engines(self, activation: Activation) -> Sequence[DataPath]:
-        """Build one engine for each enabled queue; the first one must be."""
+        """Build the one engine of all enabled queues; the first one must be."""
         activation.require(0)
-        is_writethrough = not activation.features & VIRTIO_BLK_F_FLUSH
         return [
             BlkEngine(
                 activation.memory,
@@ -160,19 +201,49 @@ class VirtioBlk(EngineDevice):
                 size_sectors=self._size_sectors,
                 read_only=self._is_read_only,
                 serial=self._serial,
-                queue=enabled.queue,
-                kick=enabled.kick,
-                irq=enabled.irq,
+                queues=[
+                    BlkQueue(enabled.queue, enabled.kick, enabled.irq)
+                    for enabled in activation.queues.values()
+                ],
                 fault=activation.fault,
-                is_writethrough=is_writethrough,
+                is_writethrough=not activation.features & VIRTIO_BLK_F_FLUSH,
+                io_engine=self._io_engine,
+                limiter=self._limiter,
             )
-            for enabled in activation.queues.values()
         ]
 
     def engine_stats(self, engine: DataPath) -> dict[str, int]:
         """Return the block engine's counters."""
         assert isinstance(engine, BlkEngine)
         return engine.stats()
+
+    def details(self) -> dict[str, Any]:
+        """Return `io_engine`, what runs ("auto" while nothing does), and counters of each queue.
+
+        Those are since the driver started the disk: `queues` by name, `latency` as how many
+        requests took less than the limit in the same place of `latency_limits_ns`, and no less
+        than the limit before; the last place has no limit.
+        """
+        with self._lock:
+            engines = [engine for engine in self._engines if isinstance(engine, BlkEngine)]
+            return {
+                "io_engine": next((engine.io_engine.value for engine in engines), "auto"),
+                "queues": [queue for engine in engines for queue in engine.queue_stats()],
+                "latency_limits_ns": list(LATENCY_LIMITS_NS),
+                "latency": [queue for engine in engines for queue in engine.latency()],
+            }
+
+    def set_limit(self, limit: RateLimit) -> None:
+        """Change the rate limits; what waits for the old ones is looked at again.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        self._limiter.set(limit)
+        with self._lock:
+            for engine in self._engines:
+                assert isinstance(engine, BlkEngine)
+                engine.wake()
 
     def refresh_size(self) -> int:
         """Look at the file's size again, tell the driver when it changed; return the sectors.
@@ -195,3 +266,14 @@ class VirtioBlk(EngineDevice):
         """Stop for good and close the disk."""
         super().close()
         os.close(self._disk_fd)
+
+
+def _require_io_uring(path: str) -> None:
+    try:
+        require_io_uring()
+    except OSError as err:
+        raise BackendError(
+            path,
+            f"io_engine=io_uring: {err.strerror}; see the sysctl kernel.io_uring_disabled, or use"
+            " auto or threads",
+        ) from err

@@ -57,7 +57,7 @@ class VirtioDevice(abc.ABC):
 
     DEVICE_ID: ClassVar[int]  # VIRTIO 1.2, section 5
     PCI_CLASS: ClassVar[int]  # class, subclass, programming interface
-    QUEUE_SIZES: ClassVar[tuple[int, ...]]  # most entries of each virtqueue
+    QUEUE_SIZES: tuple[int, ...]  # most entries of each virtqueue
     FEATURES: ClassVar[int] = 0  # offered bits besides those of the transport
 
     def __init__(self, name: str) -> None:

@@ -95,7 +95,7 @@ class VirtioNet(EngineDevice):
 
     DEVICE_ID: ClassVar[int] = VIRTIO_ID_NET
     PCI_CLASS: ClassVar[int] = 0x020000
-    QUEUE_SIZES: ClassVar[tuple[int, ...]] = (QUEUE_SIZE, QUEUE_SIZE)
+    QUEUE_SIZES: tuple[int, ...] = (QUEUE_SIZE, QUEUE_SIZE)
     FEATURES: ClassVar[int] = (
         VIRTIO_NET_F_CSUM
         | VIRTIO_NET_F_GUEST_CSUM

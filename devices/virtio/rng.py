@@ -29,7 +29,7 @@ class VirtioRng(KickedDevice):
 
     DEVICE_ID: ClassVar[int] = VIRTIO_ID_RNG
     PCI_CLASS: ClassVar[int] = 0x00FF00
-    QUEUE_SIZES: ClassVar[tuple[int, ...]] = (256,)
+    QUEUE_SIZES: tuple[int, ...] = (256,)
 
     def __init__(self, name: str = "rng0") -> None:
         super().__init__(name)

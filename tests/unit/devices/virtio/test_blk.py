@@ -2,6 +2,7 @@
 # Copyright the Hostel authors
 from __future__ import annotations
 
+import errno
 import os
 import select
 import struct
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices.errors import BackendError
+from devices.virtio import blk
 from devices.virtio.blk import VirtioBlk, backend_size_bytes
+from kvm_ffi.blk_engine import IoEngine
+from kvm_ffi.rate_limiter import RateLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +27,9 @@ if TYPE_CHECKING:
 SECTORS = 64
 VERSION_1 = 1 << 32
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
-F_CONFIG_WCE, F_DISCARD, F_WRITE_ZEROES = 1 << 11, 1 << 13, 1 << 14
+F_TOPOLOGY, F_CONFIG_WCE, F_MQ, F_DISCARD, F_WRITE_ZEROES = (
+    1 << bit for bit in (10, 11, 12, 13, 14)
+)
 IN, OUT, GET_ID = 0, 1, 8
 HEADER, DATA, STATUS = 0x40000, 0x41000, 0x42000
 NEEDS_RESET = 64
@@ -40,10 +46,15 @@ def image(tmp_path: Path) -> Path:
 def make_disk(
     image: Path, make_machine: Callable[[VirtioDevice], Machine]
 ) -> Callable[..., Machine]:
-    def make(*, is_read_only: bool = False) -> Machine:
+    def make(*, is_read_only: bool = False, n_queues: int = 1) -> Machine:
         fd = os.open(image, os.O_RDONLY if is_read_only else os.O_RDWR)
         disk = VirtioBlk(
-            "blk0", fd, path=str(image), is_read_only=is_read_only, serial="hostel-0001"
+            "blk0",
+            fd,
+            path=str(image),
+            is_read_only=is_read_only,
+            serial="hostel-0001",
+            n_queues=n_queues,
         )
         return make_machine(disk)
 
@@ -96,6 +107,79 @@ def test_read_only_disk_offers_no_discard(make_disk: Callable[..., Machine]) -> 
     machine.enable_memory()
     assert machine.offered() & F_RO
     assert not machine.offered() & (F_DISCARD | F_WRITE_ZEROES)
+
+
+def test_a_disk_has_as_many_queues_as_its_machine_has_vcpus(
+    make_disk: Callable[..., Machine],
+) -> None:
+    machine = make_disk(n_queues=4)
+    machine.enable_memory()
+    assert machine.offered() & F_MQ
+    assert machine.read(0x2022, 2) == 4
+    machine.start(VERSION_1 | F_FLUSH | F_MQ)
+    assert request(machine, IN, 1, 512) == 0
+    details = machine.device.details()  # type: ignore[attr-defined]
+    assert [queue["reads"] for queue in details["queues"]] == [1, 0, 0, 0]
+    assert sum(details["latency"][0]) == 1
+    assert details["io_engine"] in {"io_uring", "threads"}
+
+
+def test_a_driver_may_use_fewer_queues_than_there_are(make_disk: Callable[..., Machine]) -> None:
+    machine = make_disk(n_queues=4)
+    machine.start(VERSION_1 | F_FLUSH, queues=(0,))
+    assert request(machine, IN, 1, 512) == 0
+    assert len(machine.device.details()["queues"]) == 1  # type: ignore[attr-defined]
+
+
+def test_no_machine_gets_more_queues_than_the_engine_serves(
+    make_disk: Callable[..., Machine],
+) -> None:
+    machine = make_disk(n_queues=64)
+    machine.enable_memory()
+    assert machine.read(0x2022, 2) == 16
+
+
+def test_a_limit_is_changed_while_the_disk_runs(make_disk: Callable[..., Machine]) -> None:
+    machine = make_disk()
+    machine.start()
+    machine.device.set_limit(RateLimit(ops_per_s=1, ops_burst=1))  # type: ignore[attr-defined]
+    assert request(machine, IN, 1, 512) == 0
+    machine.device.set_limit(RateLimit())  # type: ignore[attr-defined]
+    assert request(machine, IN, 1, 512) == 0
+
+
+def test_io_uring_that_was_asked_for_and_is_refused_says_so(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(blk, "require_io_uring", refuse)
+    fd = os.open(image, os.O_RDWR)
+    with pytest.raises(BackendError, match="io_engine=io_uring: Operation not permitted; see"):
+        VirtioBlk("blk0", fd, path=str(image), io_engine=IoEngine.IO_URING)
+    os.close(fd)
+
+
+def test_a_size_that_direct_io_cannot_write_is_refused(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blk, "direct_align_bytes", lambda _fd: 4096)
+    os.truncate(image, 4096 + 512)
+    fd = os.open(image, os.O_RDWR)
+    with pytest.raises(BackendError, match=r"4608 bytes: .* multiple of 4096; grow it"):
+        VirtioBlk("blk0", fd, path=str(image))
+    os.close(fd)
+
+
+def test_a_coarse_host_is_told_as_the_physical_block(
+    image: Path, monkeypatch: pytest.MonkeyPatch, make_machine: Callable[[VirtioDevice], Machine]
+) -> None:
+    monkeypatch.setattr(blk, "direct_align_bytes", lambda _fd: 4096)
+    machine = make_machine(VirtioBlk("blk0", os.open(image, os.O_RDWR), path=str(image)))
+    machine.enable_memory()
+    assert machine.offered() & F_TOPOLOGY
+    assert (machine.read(0x2014, 4), machine.read(0x2018, 1)) == (512, 3)
 
 
 def test_config_space_is_read_only(make_disk: Callable[..., Machine]) -> None:

@@ -162,8 +162,8 @@ class HostelClient:
         path = url_path("vms", ref, action.value)
         return _outcome(self._send("POST", path, stop, {"wait": wait_s}), Vm)
 
-    def grow_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
-        """Give a disk its new size."""
+    def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
+        """Give a disk its new size or limits."""
         return _parse(self._send("PATCH", url_path("vms", ref, "disks", disk_id), patch), Vm)
 
     def vm_stats(self, ref: str) -> VmStats:

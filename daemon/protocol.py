@@ -18,6 +18,7 @@ hosteld asks a worker, over its own listening socket (so that a later hosteld fi
     status        -> Status
     pause, resume, reset, power_button, ctrl_alt_del -> Status
     resize_disk   {"disk": id} after the file has changed -> {"size_bytes"}
+    limit_disk    {"disk": id, "rate_limit": as in DiskSpec} -> {}
     console_write {"data": base64} -> {"taken": n}
     stats         -> VmStats as api/models/vms.py has it, without memory_rss_bytes
     quit          ends the worker in good order -> {}
@@ -29,7 +30,7 @@ from __future__ import annotations
 import array
 import json
 import socket
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from .errors import ProtocolError
@@ -43,11 +44,17 @@ _RECEIVE_FLAGS: Final = socket.MSG_CMSG_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
-    """A virtio-blk disk; ``fd`` indexes the message's descriptors."""
+    """A virtio-blk disk; ``fd`` indexes the message's descriptors.
+
+    Attributes:
+        rate_limit: fields of kvm_ffi.rate_limiter.RateLimit; what is missing is no limit.
+    """
 
     id: str
     fd: int
     read_only: bool
+    io_engine: str = "auto"
+    rate_limit: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,14 @@ class MachineSpec:
         spec["disks"] = [asdict(disk) for disk in self.disks]
         spec["nics"] = [asdict(nic) for nic in self.nics]
         return spec
+
+    def with_disk_limit(self, disk_id: str, rate_limit: dict[str, int]) -> MachineSpec:
+        """Return the spec with other limits of one disk."""
+        disks = (
+            replace(disk, rate_limit=rate_limit) if disk.id == disk_id else disk
+            for disk in self.disks
+        )
+        return replace(self, disks=tuple(disks))
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> MachineSpec:

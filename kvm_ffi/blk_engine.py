@@ -38,7 +38,7 @@ LATENCY_LIMITS_NS: Final = tuple(
 )
 """What the requests of each bucket of a latency histogram took less than; the last has no limit."""
 
-_COUNTERS: Final = (
+QUEUE_COUNTERS: Final = (
     "reads", "writes", "flushes", "discards", "write_zeroes", "get_ids", "read_bytes",
     "write_bytes", "errors", "unsupported", "host_errors", "kicks", "interrupts", "suppressed",
     "throttled", "in_flight",
@@ -179,7 +179,9 @@ class BlkEngine(Engine):
         `in_flight` how many requests there are now. Each value is exact; two values may be a
         request apart.
         """
-        return [counters(self._queue_stats(index), _COUNTERS) for index in range(self._n_queues)]
+        return [
+            counters(self._queue_stats(index), QUEUE_COUNTERS) for index in range(self._n_queues)
+        ]
 
     def latency(self) -> list[list[int]]:
         """How many requests of each queue fell into each bucket of LATENCY_LIMITS_NS.
@@ -195,7 +197,7 @@ class BlkEngine(Engine):
 
     def stats(self) -> dict[str, int]:
         """Counters of all queues together, and `syncs`."""
-        totals = dict.fromkeys(_COUNTERS, 0)
+        totals = dict.fromkeys(QUEUE_COUNTERS, 0)
         for one in self.queue_stats():
             for name, count in one.items():
                 totals[name] += count

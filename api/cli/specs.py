@@ -2,7 +2,8 @@
 # Copyright the Hostel authors
 """Reads devices as they are written on a command line.
 
-A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro`` and ``,size=MIB``.
+A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro ,size=MIB
+,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES ,iops=OPERATIONS``.
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES``
 and ``,backend=auto|vhost|tap``.
 """
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+_DISK_WORDS: Final = {"cache": "cache", "io": "io_engine"}
+_DISK_RATES: Final = {"bps": "bytes_per_s", "iops": "ops_per_s"}
 _NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend")
 
 
@@ -38,8 +41,13 @@ def parse_disk(text: str) -> dict[str, Any]:
             disk["read_only"] = True
         elif name == "size":
             disk["size_mib"] = _number(text, name, value)
+        elif name in _DISK_WORDS:
+            disk[_DISK_WORDS[name]] = value
+        elif name in _DISK_RATES:
+            disk.setdefault("rate_limit", {})[_DISK_RATES[name]] = _number(text, name, value)
         else:
-            raise BadSpec(f"disk {text!r}: unknown option {option!r}; known: ro, size=MIB")
+            known = ", ".join(("ro", "size=MIB", *_DISK_WORDS, *_DISK_RATES))
+            raise BadSpec(f"disk {text!r}: unknown option {option!r}; known: {known}")
     return disk
 
 

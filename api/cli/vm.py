@@ -198,12 +198,36 @@ def grow_disk(
     with session(context) as client:
         from ..models.vms import DiskPatch
 
-        changed = client.grow_disk(vm, disk, DiskPatch(size_mib=size))
+        changed = client.patch_disk(vm, disk, DiskPatch(size_mib=size))
         if as_json:
             print_json(changed)
             return
         now = next(found for found in changed.disks if found.id == disk)
         print(f"disk {disk} is {now.size_bytes >> 20} MiB")
+
+
+@app.command("limit-disk")
+def limit_disk(
+    context: typer.Context,
+    vm: Ref,
+    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    bps: Annotated[int | None, typer.Option(min=1, help="Bytes per second.")] = None,
+    iops: Annotated[int | None, typer.Option(min=1, help="Requests per second.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Limit a disk, at once; without limits, take away those that it has."""
+    with session(context) as client:
+        from ..models.vms import DiskPatch, RateLimit
+
+        limit = RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
+        changed = client.patch_disk(vm, disk, DiskPatch(rate_limit=limit))
+        if as_json:
+            print_json(changed)
+            return
+        told = " and ".join(
+            f"{value} {unit}/s" for value, unit in ((bps, "bytes"), (iops, "requests")) if value
+        )
+        print(f"disk {disk}: {told or 'no limit'}")
 
 
 def _act(

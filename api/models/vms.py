@@ -54,6 +54,27 @@ NetBackend = Annotated[
 ]
 
 
+DiskCache = Annotated[
+    Literal["writeback", "none"],
+    Field(
+        description="`writeback`: through the host's page cache. `none`: past it (O_DIRECT), which "
+        "some file systems refuse. Either way a guest's flush makes its data durable."
+    ),
+]
+IoEngine = Annotated[
+    Literal["auto", "io_uring", "threads"],
+    Field(
+        description="`io_uring`: many operations at a time, by the kernel. `threads`: one at a "
+        "time, by the disk's own thread. `auto` is io_uring where the host permits it."
+    ),
+]
+# As kvm_ffi/rate_limiter.py has them.
+MAX_RATE = 10**12
+MAX_BURST = 1 << 32
+Rate = Annotated[int, Field(ge=1, le=MAX_RATE)]
+Burst = Annotated[int, Field(ge=1, le=MAX_BURST)]
+
+
 class VmState(StrEnum):
     """Where a VM is in its life; daemon/supervisor/lifecycle.py holds the one table."""
 
@@ -79,6 +100,25 @@ class VmAction(StrEnum):
     CTRL_ALT_DEL = "ctrl-alt-del"
 
 
+class RateLimit(Request):
+    """What a device may do in a second, and at once after it was idle; null is no limit."""
+
+    bytes_per_s: Rate | None = None
+    bytes_burst: Burst | None = Field(
+        default=None,
+        description="Left out, a tenth of a second's worth; at least a hundredth counts.",
+    )
+    ops_per_s: Rate | None = Field(default=None, description="Requests of any kind.")
+    ops_burst: Burst | None = Field(default=None, description="As bytes_burst.")
+
+    @model_validator(mode="after")
+    def _burst_of_a_rate(self) -> RateLimit:
+        for name in ("bytes", "ops"):
+            if getattr(self, f"{name}_burst") and not getattr(self, f"{name}_per_s"):
+                raise ValueError(f"`{name}_burst` goes with `{name}_per_s` only")
+        return self
+
+
 class DiskCreate(Request):
     """A virtio-blk disk, from an imported image or from a raw file or block device of the host."""
 
@@ -97,6 +137,9 @@ class DiskCreate(Request):
         le=64 * 1024 * 1024,
         description="Only with a writable image: grow this VM's copy to this size.",
     )
+    cache: DiskCache = "writeback"
+    io_engine: IoEngine = "auto"
+    rate_limit: RateLimit | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> DiskCreate:
@@ -174,9 +217,19 @@ class VmPatch(Request):
 
 
 class DiskPatch(Request):
-    """A disk's new size; a running guest is told of it."""
+    """A disk's new size, of which a running guest is told, or its new limits, which count at once.
 
-    size_mib: int = Field(ge=1, le=64 * 1024 * 1024)
+    What is left out stays.
+    """
+
+    size_mib: int | None = Field(default=None, ge=1, le=64 * 1024 * 1024)
+    rate_limit: RateLimit | None = Field(default=None, description="Null takes the limits away.")
+
+    @model_validator(mode="after")
+    def _something(self) -> DiskPatch:
+        if self.size_mib is None and "rate_limit" not in self.model_fields_set:
+            raise ValueError("give `size_mib` or `rate_limit`")
+        return self
 
 
 class StopRequest(Request):
@@ -198,6 +251,9 @@ class Disk(Response):
     image: str | None
     read_only: bool
     size_bytes: int
+    cache: DiskCache
+    io_engine: IoEngine
+    rate_limit: RateLimit | None
 
 
 class Nic(Response):
@@ -251,11 +307,24 @@ class Vm(Response):
     version: int = Field(description="Grows with every change; the ETag is made of it.")
 
 
+class DiskDetails(Response):
+    """A disk's queues, since the guest's driver started it."""
+
+    io_engine: IoEngine = Field(description="What runs; `auto` until the driver has started it.")
+    queues: list[dict[str, int]] = Field(description="Counters of each queue.")
+    latency_limits_ns: list[int]
+    latency: list[list[int]] = Field(
+        description="How many requests of each queue took less than the limit in the same place, "
+        "and no less than the one before; the last place has no limit."
+    )
+
+
 class VmStats(Response):
     """Counters of a running VM since its start."""
 
     vcpu_exits: dict[str, int]
     disks: dict[str, dict[str, int]]
+    disk_details: dict[str, DiskDetails] = Field(default_factory=dict)
     nics: dict[str, dict[str, int]]
     memory_rss_bytes: int
     console_dropped_bytes: int

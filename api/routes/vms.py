@@ -155,15 +155,15 @@ async def delete_vm(
 
 @router.patch(
     "/{vm}/disks/{disk}",
-    summary="Grow a disk.",
+    summary="Grow a disk, or change its limits.",
     responses={
-        **success(Vm, "The VM with the grown disk.", is_object=True),
+        **success(Vm, "The VM with the changed disk.", is_object=True),
         **problems(404, 408, 409, 412, 413, 415, 507),
     },
     openapi_extra=takes(DiskPatch, {"size_mib": 4096}, has_if_match=True),
 )
 async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 1.0) -> Response:
-    """A running guest is told of the new size."""
+    """A running guest is told of a new size, and a new limit counts at once."""
     patch = await read_model(request, DiskPatch)
     ref, version = await precondition(request, vm, service_of(request).get_vm)
     call = call_of(request, wait, version)

@@ -36,23 +36,25 @@ class HostDisk:
     identity: tuple[int, int]
 
 
-def inspect(path: str, field: str, *, read_only: bool) -> HostDisk:
+def inspect(path: str, field: str, *, read_only: bool, is_direct: bool = False) -> HostDisk:
     """Look at a host file or block device that is to be a disk.
 
     Args:
         path: client-controlled, absolute.
         field: of the request, for the error.
         read_only: how the guest will see it.
+        is_direct: whether it will be used past the page cache.
 
     Raises:
-        Invalid: missing, a directory or another thing that is no disk, not accessible, or empty.
+        Invalid: missing, a directory or another thing that is no disk, not accessible, empty, or
+            without O_DIRECT where that is wanted.
 
     Threads: any; may block on a slow file system.
     """
     # O_NONBLOCK: a FIFO must not hold us; it has no effect on files and disks.
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(path, flags)
+        fd = _open(path, flags, is_direct=is_direct)
     except OSError as err:
         raise _open_error(err, path, field) from err
     try:
@@ -124,10 +126,13 @@ def open_locked(disk: DiskRecord, index: int) -> int:
         is_block = stat.S_ISBLK(os.stat(disk.path).st_mode)  # noqa: PTH116 - open by the same string
         flags = (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
         # On a block device O_EXCL, without O_CREAT, means: refuse if mounted (open(2)).
-        fd = os.open(disk.path, flags | (os.O_EXCL if is_block and not disk.read_only else 0))
+        flags |= os.O_EXCL if is_block and not disk.read_only else 0
+        fd = _open(disk.path, flags, is_direct=disk.cache == "none")
     except OSError as err:
         raise _open_error(err, disk.path, field) from err
     try:
+        # It was for the open alone: io_uring takes it at its word, even on a file.
+        os.set_blocking(fd, True)
         lock(fd, disk.path, field, is_shared=disk.read_only)
     except ApiError:
         os.close(fd)
@@ -155,6 +160,28 @@ def lock(fd: int, path: str, field: str, *, is_shared: bool) -> None:
         ) from err
     except OSError as err:
         raise HostFailure("disk_lock", f"{path}: {err.strerror}", field=field) from err
+
+
+def _open(path: str, flags: int, *, is_direct: bool) -> int:
+    """Open a file; of a file system without O_DIRECT say so.
+
+    Raises:
+        Invalid: there is no O_DIRECT here.
+        OSError: as open(2).
+    """
+    if not is_direct:
+        return os.open(path, flags)
+    try:
+        return os.open(path, flags | os.O_DIRECT)
+    except OSError as err:
+        if err.errno != errno.EINVAL:
+            raise
+        raise Invalid(
+            "disk_no_direct",
+            f"{path}: its file system has no O_DIRECT, which cache=none needs; use writeback, or"
+            " put it on another file system",
+            field="cache",
+        ) from err
 
 
 def _open_error(err: OSError, path: str, field: str) -> ApiError:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import platform
@@ -14,13 +15,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 
 from api.errors import ApiError, HostFailure
 from api.models.resources import Host
-from api.models.vms import VmState, VmStats
+from api.models.vms import DiskDetails, VmState, VmStats
 from api.version import API_EXTENSIONS
 
 from . import doctor, procfs, taps
@@ -97,9 +103,12 @@ async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
         # The worker counts what its ring had no room for, and what the log could not take.
         lost = told.get("console_lost_bytes", 0)
         _add_tap_counters(known.get("nics", {}), entry.record)
+        known["disk_details"] = {
+            disk: _name_counters(details) for disk, details in known.get("disk_details", {}).items()
+        }
         known["console_dropped_bytes"] = known.get("console_dropped_bytes", 0) + lost
         return VmStats.model_validate({**known, "memory_rss_bytes": procfs.rss_bytes(pid)})
-    except (TypeError, ValidationError) as err:
+    except (AttributeError, KeyError, TypeError, ValidationError) as err:
         log.warning("counters not understood vm=%s error=%s", entry.record.name, err)
         raise HostFailure(
             "worker_protocol", f"VM {entry.record.name}: its worker tells no such counters"
@@ -111,6 +120,15 @@ def _add_tap_counters(nics: dict[str, dict[str, int]], record: VmRecord) -> None
     for nic in record.nics:
         if not nics.get(nic.id, True):
             nics[nic.id] = taps.counters(nic.tap)
+
+
+def _name_counters(details: dict[str, Any]) -> dict[str, Any]:
+    """Give the counters of each queue their names, which a worker sends once."""
+    names = details["counters"]
+    return {
+        **details,
+        "queues": [dict(zip(names, queue, strict=False)) for queue in details["queues"]],
+    }
 
 
 class Metrics:
@@ -177,7 +195,22 @@ def _metrics(
     nics = CounterMetricFamily(
         "hostel_vm_nic", "Interface counters by name.", labels=["vm", "nic", "counter"]
     )
+    queues = CounterMetricFamily(
+        "hostel_vm_disk_queue",
+        "Disk counters of one queue by name.",
+        labels=["vm", "disk", "queue", "counter"],
+    )
+    latency = HistogramMetricFamily(
+        "hostel_vm_disk_latency_seconds",
+        "How long requests took, from ring to answer, in all queues.",
+        labels=["vm", "disk"],
+    )
     for name, one in stats:
+        for disk, details in one.disk_details.items():
+            latency.add_metric([name, disk], _buckets(details), sum_value=None)
+            for index, queue in enumerate(details.queues):
+                for counter, count in queue.items():
+                    queues.add_metric([name, disk, str(index), counter], count)
         rss.add_metric([name], one.memory_rss_bytes)
         dropped.add_metric([name], one.console_dropped_bytes)
         for kind, count in one.vcpu_exits.items():
@@ -186,4 +219,11 @@ def _metrics(
             for device, counters in devices.items():
                 for counter, count in counters.items():
                     family.add_metric([name, device, counter], count)
-    yield from (rss, exits, dropped, disks, nics)
+    yield from (rss, exits, dropped, disks, nics, queues, latency)
+
+
+def _buckets(details: DiskDetails) -> list[tuple[str, float]]:
+    """Return a disk's histogram as Prometheus has them: cumulative, in seconds."""
+    limits = [*(f"{limit / 1e9:.9f}" for limit in details.latency_limits_ns), "+Inf"]
+    counts = [sum(column) for column in zip(*details.latency, strict=True)] or [0] * len(limits)
+    return list(zip(limits, itertools.accumulate(counts), strict=True))

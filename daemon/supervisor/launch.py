@@ -78,7 +78,7 @@ async def prepare(
     disks = []
     for index, disk in enumerate(record.disks):
         (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
-        disks.append(DiskSpec(disk.id, fd, disk.read_only))
+        disks.append(DiskSpec(disk.id, fd, disk.read_only, disk.io_engine, disk.rate_limit))
     nics = []
     for index, nic in enumerate(record.nics):
         tap_fds = await _in_thread(bag, partial(open_taps, nic, index))

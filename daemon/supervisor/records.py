@@ -20,6 +20,8 @@ from .procfs import Identity
 from .store import Statement
 
 OnReboot = Literal["reset", "stop"]
+Cache = Literal["writeback", "none"]
+IoEngine = Literal["auto", "io_uring", "threads"]
 OnPanic = Literal["keep", "reset", "stop"]
 Backend = Literal["auto", "vhost", "tap"]
 
@@ -31,7 +33,7 @@ def now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class DiskRecord:
-    """A VM's disk; ``is_own`` means that it goes with the VM."""
+    """A VM's disk; ``is_own`` means that it goes with the VM, rate_limit has what is limited."""
 
     id: str
     path: str
@@ -39,6 +41,9 @@ class DiskRecord:
     is_own: bool
     read_only: bool
     size_bytes: int
+    cache: Cache = "writeback"
+    io_engine: IoEngine = "auto"
+    rate_limit: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

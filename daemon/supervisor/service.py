@@ -192,11 +192,11 @@ class Supervisor:
             await self._runner.act(entry, action, request)
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:
-        """Grow a disk; a running guest is told."""
-        async with _door(f"grow disk {disk_id} of VM {ref}"):
+        """Grow a disk, or change its limits; a running guest has both at once."""
+        async with _door(f"change disk {disk_id} of VM {ref}"):
             entry = self._table.get(ref)
-            grow = self._maker.grow_disk(entry, disk_id, patch, _request(call))
-            await self._tasks.complete(grow, "grow disk")
+            change = self._maker.patch_disk(entry, disk_id, patch, _request(call))
+            await self._tasks.complete(change, "change disk")
             return self._model(entry)
 
     async def vm_stats(self, ref: str) -> VmStats:

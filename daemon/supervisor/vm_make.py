@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from api.errors import HostFailure, Invalid, NotFound
 from api.models.common import ObjectRef
@@ -27,7 +27,7 @@ from .library import Library
 from .operations import Job
 from .records import DiskRecord, VmRecord
 from .store import StoreFull
-from .vm_plan import Planner
+from .vm_plan import Planner, limits_of
 from .vm_run import Request, VmRunner
 from .vm_table import VmEntry, VmTable, to_model
 from .workers import KILL_TIMEOUT_S, WorkerPool
@@ -35,6 +35,8 @@ from .workers import KILL_TIMEOUT_S, WorkerPool
 log = logging.getLogger(__name__)
 
 CLONES_AT_ONCE: Final = 2
+# States in which a worker has open disks.
+_HAS_DISKS: Final = frozenset({VmState.RUNNING, VmState.PAUSED, VmState.CRASHED})
 
 
 class VmMaker:
@@ -200,27 +202,41 @@ class VmMaker:
                 if new_name is not None:
                     self._table.release(new_name)
 
-    async def grow_disk(
+    async def patch_disk(
         self, entry: VmEntry, disk_id: str, patch: DiskPatch, request: Request
     ) -> None:
-        """Grow a disk and tell a running guest.
+        """Grow a disk and tell a running guest; change its limits, at once where it runs.
 
         Raises:
-            ApiError: no such disk, it is read-only, or it would shrink.
+            ApiError: no such disk, or of one that is to grow: it is read-only, or would shrink.
         """
         async with entry.lock:
             entry.check_present()
             entry.check_version(request.if_match)
             disk = _find_disk(entry.record, disk_id)
-            size_bytes = await asyncio.to_thread(disks.grow, disk.path, patch.size_mib * MIB)
-            changed = tuple(
-                replace(other, size_bytes=size_bytes) if other is disk else other
-                for other in entry.record.disks
-            )
-            event = entry.event("disk_resized", request.actor, disk=disk_id, size_bytes=size_bytes)
-            await self._table.record(entry, event, disks=changed)
-            if entry.record.state in (VmState.RUNNING, VmState.PAUSED):
-                await self._runner.ask(entry, "resize_disk", {"disk": disk_id})
+            if patch.size_mib is not None:
+                await self._grow_disk(entry, disk, patch.size_mib * MIB, request)
+            if "rate_limit" in patch.model_fields_set:
+                limits = limits_of(patch.rate_limit)
+                event = entry.event("disk_limited", request.actor, disk=disk_id, **limits)
+                changed = _with_disk(entry.record, disk_id, rate_limit=limits)
+                await self._table.commit(entry, event, disks=changed)
+                await self._tell_disk(entry, "limit_disk", disk_id, rate_limit=limits)
+
+    async def _grow_disk(
+        self, entry: VmEntry, disk: DiskRecord, size_bytes: int, request: Request
+    ) -> None:
+        if disk.read_only:
+            raise Invalid("disk_read_only", f"disk {disk.id} is read-only", field="disk")
+        size_bytes = await asyncio.to_thread(disks.grow, disk.path, size_bytes)
+        event = entry.event("disk_resized", request.actor, disk=disk.id, size_bytes=size_bytes)
+        changed = _with_disk(entry.record, disk.id, size_bytes=size_bytes)
+        await self._table.record(entry, event, disks=changed)
+        await self._tell_disk(entry, "resize_disk", disk.id)
+
+    async def _tell_disk(self, entry: VmEntry, op: str, disk_id: str, **args: object) -> None:
+        if entry.worker is not None and entry.record.state in _HAS_DISKS:
+            await self._runner.ask(entry, op, {"disk": disk_id, **args})
 
     # --- delete
 
@@ -298,6 +314,8 @@ def _find_disk(record: VmRecord, disk_id: str) -> DiskRecord:
     disk = next((disk for disk in record.disks if disk.id == disk_id), None)
     if disk is None:
         raise NotFound("disk_not_found", f"VM {record.name} has no disk {disk_id}")
-    if disk.read_only:
-        raise Invalid("disk_read_only", f"disk {disk_id} is read-only", field="disk")
     return disk
+
+
+def _with_disk(record: VmRecord, disk_id: str, **changes: Any) -> tuple[DiskRecord, ...]:  # noqa: ANN401 - any field
+    return tuple(replace(disk, **changes) if disk.id == disk_id else disk for disk in record.disks)

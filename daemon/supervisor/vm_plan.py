@@ -17,13 +17,13 @@ from typing import Any, Final
 
 from api.errors import Conflict, Invalid
 from api.models.resources import Image
-from api.models.vms import DiskCreate, NicCreate, VmCreate, VmPatch, VmState
+from api.models.vms import DiskCreate, NicCreate, RateLimit, VmCreate, VmPatch, VmState
 
 from . import disks, lifecycle, procfs, taps
 from .dirs import Layout
 from .launch import MIB
 from .library import Library
-from .records import DiskRecord, NicRecord, VmRecord, now
+from .records import Cache, DiskRecord, IoEngine, NicRecord, VmRecord, now
 from .vm_table import VmEntry, VmTable
 
 # What a patch may change in any state; the rest needs a VM at rest.
@@ -152,7 +152,10 @@ class Planner:
                 records.append(self._image_disk(vm_id, disk, index))
                 continue
             field = f"disks.{index}.path"
-            look = partial(disks.inspect, disk.path, field, read_only=disk.read_only)
+            is_direct = disk.cache == "none"
+            look = partial(
+                disks.inspect, disk.path, field, read_only=disk.read_only, is_direct=is_direct
+            )
             found = await asyncio.to_thread(look)
             self._check_foreign(disk.path, field)
             twin = seen.setdefault(found.identity, disk)
@@ -163,7 +166,10 @@ class Planner:
                     field=field,
                 )
             records.append(
-                DiskRecord(disk.id, disk.path, None, False, disk.read_only, found.size_bytes)
+                DiskRecord(
+                    *(disk.id, disk.path, None, False, disk.read_only, found.size_bytes),
+                    *_io_of(disk),
+                )
             )
         return tuple(records)
 
@@ -188,7 +194,8 @@ class Planner:
             )
         if disk.read_only:
             path = self._library.image_path(image)
-            return DiskRecord(disk.id, path, image.id, False, True, image.size_bytes)
+            size_bytes = image.size_bytes
+            return DiskRecord(disk.id, path, image.id, False, True, size_bytes, *_io_of(disk))
         size_bytes = image.size_bytes if disk.size_mib is None else disk.size_mib * MIB
         if size_bytes < image.size_bytes:
             raise Invalid(
@@ -199,7 +206,8 @@ class Planner:
             )
         sectors = -(-size_bytes // disks.SECTOR_BYTES)
         path = str(self._layout.vm_state(vm_id) / "disks" / f"{disk.id}.raw")
-        return DiskRecord(disk.id, path, image.id, True, False, sectors * disks.SECTOR_BYTES)
+        size_bytes = sectors * disks.SECTOR_BYTES
+        return DiskRecord(disk.id, path, image.id, True, False, size_bytes, *_io_of(disk))
 
     # --- network interfaces
 
@@ -229,6 +237,15 @@ class Planner:
         for entry in self._table:
             for nic in entry.record.nics:
                 yield entry.record.name, nic.tap
+
+
+def _io_of(disk: DiskCreate) -> tuple[Cache, IoEngine, dict[str, int]]:
+    return disk.cache, disk.io_engine, limits_of(disk.rate_limit)
+
+
+def limits_of(rate_limit: RateLimit | None) -> dict[str, int]:
+    """Return the limits that are set."""
+    return {} if rate_limit is None else rate_limit.model_dump(exclude_none=True)
 
 
 def derive_mac(vm_id: str, nic_id: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.vms import Disk, Nic, StateReason, Vm
+from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm
 from api.ports import ListQuery
 
 from . import lifecycle
@@ -320,6 +320,9 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
                 image=disk.image_id and names.get(disk.image_id, disk.image_id),
                 read_only=disk.read_only,
                 size_bytes=disk.size_bytes,
+                cache=disk.cache,
+                io_engine=disk.io_engine,
+                rate_limit=RateLimit(**disk.rate_limit) if disk.rate_limit else None,
             )
             for disk in record.disks
         ],

@@ -31,11 +31,12 @@ from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
 from devices.virtio.rng import VirtioRng
 from kvm_ffi import exits, x86_64
-from kvm_ffi.blk_engine import SECTOR_BYTES
+from kvm_ffi.blk_engine import SECTOR_BYTES, IoEngine
 from kvm_ffi.errors import KvmError
 from kvm_ffi.exits import ExitTable
 from kvm_ffi.irq_routing import IrqRouter
 from kvm_ffi.memory import GuestMemory
+from kvm_ffi.rate_limiter import RateLimit
 from kvm_ffi.system import HostFacts, Kvm
 from kvm_ffi.types import Gpa
 from kvm_ffi.vcpu import Vcpu
@@ -283,15 +284,32 @@ class Machine:
         Raises:
             WorkerError: the VM has no such disk.
         """
+        return self._disk(disk_id).refresh_size() * SECTOR_BYTES
+
+    def limit_disk(self, disk_id: str, limit: RateLimit) -> None:
+        """Change a disk's rate limits.
+
+        Raises:
+            WorkerError: the VM has no such disk.
+            ValueError: a number is out of range.
+        """
+        self._disk(disk_id).set_limit(limit)
+
+    def _disk(self, disk_id: str) -> VirtioBlk:
         device = self._virtio.get(disk_id)
         if not isinstance(device, VirtioBlk):
             raise WorkerError("no_such_disk", f"the VM has no disk {disk_id!r}")
-        return device.refresh_size() * SECTOR_BYTES
+        return device
 
     def stats(self) -> dict[str, Any]:
         """Return counters as api/models/vms.py's VmStats has them."""
         of = {VirtioBlk: "disks", VirtioNet: "nics"}
         stats: dict[str, Any] = {"vcpu_exits": self._table.counters(), "disks": {}, "nics": {}}
+        stats["disk_details"] = {
+            device_id: device.details()
+            for device_id, device in self._virtio.items()
+            if isinstance(device, VirtioBlk)
+        }
         for device_id, device in self._virtio.items():
             if kind := of.get(type(device)):
                 stats[kind][device_id] = device.stats()
@@ -365,6 +383,8 @@ def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:
         is_read_only=disk.read_only,
         serial=disk.id,
         n_queues=vcpus,
+        io_engine=IoEngine(disk.io_engine),
+        limit=RateLimit(**disk.rate_limit),
     )
 
 

@@ -26,6 +26,7 @@ from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.host_process import drop_privileges, name_thread
+from kvm_ffi.rate_limiter import RateLimit
 from kvm_ffi.system import HostFacts
 from kvm_ffi.vcpu import install_kick_signal
 
@@ -115,6 +116,7 @@ class Worker:
             "power_button": self._on_power_button,
             "ctrl_alt_del": self._on_ctrl_alt_del,
             "resize_disk": self._on_resize_disk,
+            "limit_disk": self._on_limit_disk,
             "console_write": self._on_console_write,
             "stats": self._on_stats,
             "quit": self._on_quit,
@@ -216,8 +218,22 @@ class Worker:
         return self._status.encode()
 
     def _on_resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
-        machine = self._need("running", "paused")
+        machine = self._need("running", "paused", "crashed")
         return {"size_bytes": machine.refresh_disk(str(args.get("disk")))}
+
+    def _on_limit_disk(self, args: dict[str, Any]) -> dict[str, Any]:
+        machine = self._need("running", "paused", "crashed")
+        disk_id, limits = str(args.get("disk")), args.get("rate_limit")
+        if not isinstance(limits, dict):
+            raise ProtocolError("limit_disk: rate_limit must be an object")
+        try:
+            machine.limit_disk(disk_id, RateLimit(**limits))
+        except (TypeError, ValueError) as err:
+            raise ProtocolError(f"limit_disk: {err}") from err
+        assert self._spec is not None
+        # A reset builds the machine anew, from the spec.
+        self._spec = self._spec.with_disk_limit(disk_id, limits)
+        return {}
 
     def _on_console_write(self, args: dict[str, Any]) -> dict[str, Any]:
         try:

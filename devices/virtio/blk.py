@@ -22,6 +22,7 @@ from kvm_ffi.blk_engine import (
     MAX_REQUEST_BYTES,
     MAX_WRITE_ZEROES_SECTORS,
     MAX_WRITE_ZEROES_SEGMENTS,
+    QUEUE_COUNTERS,
     SECTOR_BYTES,
     SERIAL_BYTES,
     BlkEngine,
@@ -220,15 +221,18 @@ class VirtioBlk(EngineDevice):
     def details(self) -> dict[str, Any]:
         """Return `io_engine`, what runs ("auto" while nothing does), and counters of each queue.
 
-        Those are since the driver started the disk: `queues` by name, `latency` as how many
-        requests took less than the limit in the same place of `latency_limits_ns`, and no less
-        than the limit before; the last place has no limit.
+        Those are since the driver started the disk: `queues` has the values of `counters` for
+        each, so that 256 queues fit a message; `latency` is how many requests took less than the
+        limit in the same place of `latency_limits_ns`, and no less than the limit before; the last
+        place has no limit.
         """
         with self._lock:
             engines = [engine for engine in self._engines if isinstance(engine, BlkEngine)]
+            queues = [queue for engine in engines for queue in engine.queue_stats()]
             return {
                 "io_engine": next((engine.io_engine.value for engine in engines), "auto"),
-                "queues": [queue for engine in engines for queue in engine.queue_stats()],
+                "counters": list(QUEUE_COUNTERS),
+                "queues": [list(queue.values()) for queue in queues],
                 "latency_limits_ns": list(LATENCY_LIMITS_NS),
                 "latency": [queue for engine in engines for queue in engine.latency()],
             }

@@ -194,6 +194,9 @@ class FakeService:
                     image=disk.image,
                     read_only=disk.read_only,
                     size_bytes=(disk.size_mib or 1) << 20,
+                    cache=disk.cache,
+                    io_engine=disk.io_engine,
+                    rate_limit=disk.rate_limit,
                 )
                 for disk in request.disks
             ],
@@ -267,8 +270,12 @@ class FakeService:
         vm = self._checked(ref, call)
         if disk_id not in [disk.id for disk in vm.disks]:
             raise NotFound("disk_not_found", f"VM {vm.name} has no disk {disk_id}")
-        size = {"size_bytes": patch.size_mib << 20}
-        disks = [d.model_copy(update=size) if d.id == disk_id else d for d in vm.disks]
+        changes: dict[str, object] = {}
+        if patch.size_mib is not None:
+            changes["size_bytes"] = patch.size_mib << 20
+        if "rate_limit" in patch.model_fields_set:
+            changes["rate_limit"] = patch.rate_limit
+        disks = [d.model_copy(update=changes) if d.id == disk_id else d for d in vm.disks]
         return self._keep(vm, disks=disks)
 
     async def vm_stats(self, ref: str) -> VmStats:

@@ -303,6 +303,16 @@ def test_wrong_usage_is_exit_2(cli: Cli, words: list[str], says: str) -> None:
         ("root=image:debian,size=512", {"id": "root", "image": "debian", "size_mib": 512}),
         ("data=/dev/vg0/a,ro", {"id": "data", "path": "/dev/vg0/a", "read_only": True}),
         ("data=path:/a:b", {"id": "data", "path": "/a:b"}),
+        (
+            "data=/a,cache=none,io=threads,iops=100,bps=4096",
+            {
+                "id": "data",
+                "path": "/a",
+                "cache": "none",
+                "io_engine": "threads",
+                "rate_limit": {"ops_per_s": 100, "bytes_per_s": 4096},
+            },
+        ),
     ],
 )
 def test_disk_is_read_as_written(text: str, disk: dict[str, Any]) -> None:

@@ -128,6 +128,18 @@ def test_disk_grows(api: Api) -> None:
     assert api.patch("/v1/vms/web-1/disks/data", json={"size_mib": 64}).status_code == 404
 
 
+def test_a_disk_s_limits_are_changed_and_taken_away(api: Api) -> None:
+    api.create("web-1", disks=[{"id": "root", "image": "debian"}])
+    path = "/v1/vms/web-1/disks/root"
+    changed = api.patch(path, json={"rate_limit": {"ops_per_s": 50}}).json()["disks"][0]
+    none = {"bytes_per_s": None, "bytes_burst": None, "ops_burst": None}
+    assert changed["rate_limit"] == {"ops_per_s": 50, **none}
+    freed = api.patch(path, json={"rate_limit": None}).json()["disks"][0]
+    assert freed["rate_limit"] is None
+    for body in ({}, {"rate_limit": {"ops_burst": 5}}, {"rate_limit": {"ops_per_s": 0}}):
+        assert api.patch(path, json=body).status_code == 422
+
+
 def test_stats_are_counters(api: Api) -> None:
     api.create("web-1", disks=[{"id": "root", "image": "debian"}])
     assert api.get("/v1/vms/web-1/stats").json()["disks"] == {"root": {"read_bytes": 512}}

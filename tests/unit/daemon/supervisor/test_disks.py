@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,27 @@ def test_a_lock_lives_in_the_process_that_was_given_the_descriptor(disk: Path) -
             disks.open_locked(record(disk), 0)
         heir.kill()
     os.close(disks.open_locked(record(disk), 0))
+
+
+def test_a_file_system_without_o_direct_is_named() -> None:
+    # A regular file of a file system that has none, and is everywhere.
+    with pytest.raises(
+        Invalid, match="no O_DIRECT, which cache=none needs; use writeback"
+    ) as caught:
+        disks.inspect("/proc/version", "f", read_only=True, is_direct=True)
+    assert caught.value.code == "disk_no_direct"
+
+
+def test_a_disk_is_opened_past_the_page_cache_if_asked_and_never_nonblocking(disk: Path) -> None:
+    try:
+        direct = disks.open_locked(replace(record(disk), cache="none"), 0)
+    except Invalid as err:
+        pytest.skip(str(err))
+    assert fcntl.fcntl(direct, fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK) == os.O_DIRECT
+    os.close(direct)
+    cached = disks.open_locked(record(disk), 0)
+    assert fcntl.fcntl(cached, fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK) == 0
+    os.close(cached)
 
 
 def test_a_disk_grows(disk: Path) -> None:

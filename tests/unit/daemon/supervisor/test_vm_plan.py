@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from api.errors import ApiError, Conflict, Invalid, NotFound
-from api.models.vms import DiskPatch, VmAction, VmPatch, VmState
+from api.models.vms import DiskPatch, RateLimit, VmAction, VmPatch, VmState
 from daemon.supervisor import disks
 from daemon.supervisor.service import Supervisor
 from daemon.supervisor.vm_plan import derive_mac
@@ -270,6 +270,27 @@ def test_a_disk_grows_while_its_vm_runs(harness: Harness) -> None:
             await supervisor.patch_disk("a", "root", DiskPatch(size_mib=1), CALL)
         with pytest.raises(NotFound, match="has no disk other"):
             await supervisor.patch_disk("a", "other", DiskPatch(size_mib=4), CALL)
+
+    harness.run(scenario)
+
+
+def test_limits_of_a_disk_are_kept_changed_and_taken_away(harness: Harness) -> None:
+    path = harness.path / "disk.raw"
+    path.write_bytes(bytes(4096))
+    disk = {"id": "root", "path": str(path), "read_only": True, "io_engine": "threads"}
+    limit = {"ops_per_s": 100, "ops_burst": 5}
+
+    async def scenario(supervisor: Supervisor) -> None:
+        [made] = (await harness.start("a", disks=[{**disk, "rate_limit": limit}])).disks
+        assert (made.cache, made.io_engine) == ("writeback", "threads")
+        assert made.rate_limit == RateLimit(**limit)
+        other = RateLimit(bytes_per_s=1 << 20)
+        vm = await supervisor.patch_disk("a", "root", DiskPatch(rate_limit=other), CALL)
+        assert vm.disks[0].rate_limit == other
+        vm = await supervisor.patch_disk("a", "root", DiskPatch(rate_limit=None), CALL)
+        assert vm.disks[0].rate_limit is None
+        with pytest.raises(Invalid, match="is read-only"):
+            await supervisor.patch_disk("a", "root", DiskPatch(size_mib=4), CALL)
 
     harness.run(scenario)
 

@@ -119,7 +119,8 @@ def test_a_disk_has_as_many_queues_as_its_machine_has_vcpus(
     machine.start(VERSION_1 | F_FLUSH | F_MQ)
     assert request(machine, IN, 1, 512) == 0
     details = machine.device.details()  # type: ignore[attr-defined]
-    assert [queue["reads"] for queue in details["queues"]] == [1, 0, 0, 0]
+    at = details["counters"].index("reads")
+    assert [queue[at] for queue in details["queues"]] == [1, 0, 0, 0]
     assert sum(details["latency"][0]) == 1
     assert details["io_engine"] in {"io_uring", "threads"}
 

@@ -100,4 +100,4 @@ guest: build
 # --- speed and memory: ratios against a peer, no timed tests
 
 bench: build guest
-	@for name in exits create memory boot; do $(BIN)/python -m bench.$$name || exit 1; echo; done
+	@for name in exits ring create memory boot; do $(BIN)/python -m bench.$$name || exit 1; echo; done

@@ -5,14 +5,17 @@
 # make serve  leave a daemon running that curl on this machine can drive
 # make test   set everything up and run every test tier
 # make check  the fast tiers only: style, unit, api
-# make bench  the benchmarks; make fuzz  the fuzzers, for long
-# make lab    a shell command away from a full host: see docs/lab.md
+# make bench  the benchmarks
+# make fuzz   the fuzzers, FUZZ_SECONDS for each of them
+# make lab    boot an emulated host that stays: lab/lab exec runs commands there
 # make fmt    format the code
+# make clean  remove what was built here
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
+FUZZ_SECONDS ?= 600
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the build and the tests use of Debian: a compiler and headers, the lab, fuzzing, style.
 APT    := gcc libc6-dev linux-libc-dev python3-dev python3-venv curl iproute2 kmod cpio \
@@ -101,3 +104,22 @@ guest: build
 
 bench: build guest
 	@for name in exits ring create memory boot; do $(BIN)/python -m bench.$$name || exit 1; echo; done
+
+# Each target keeps its corpus in .cache/fuzz, so that the next run goes on from there.
+fuzz: build
+	@for target in $$($(BIN)/python -m tests.fuzz.fuzzing --list); do \
+	   $(BIN)/python -m tests.fuzz.fuzzing $$target --seconds $(FUZZ_SECONDS) || exit 1; done
+
+lab: build guest
+	@lab/lab up
+	@echo "lab/lab exec -- COMMAND runs COMMAND there, lab/lab down powers it off"
+
+# --- the code
+
+fmt: build
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format --quiet .
+	@git ls-files '*.c' '*.h' | xargs clang-format -i
+
+clean:
+	rm -rf $(VENV) build *.egg-info kvm_ffi/_kvm*.so kvm_ffi/_kvm.c .cache

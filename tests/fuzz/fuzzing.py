@@ -180,11 +180,17 @@ SEEDS: Final = {
 def main(argv: list[str]) -> int:
     """Fuzz one target until the time is up or something is found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("target", choices=TARGETS, nargs="?")
+    parser.add_argument("--list", action="store_true", help="print the targets")
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--directory", type=Path, default=Path(".cache/fuzz"))
     parser.add_argument("--input", type=Path, help="run this one input instead")
     options = parser.parse_args(argv)
+    if options.list:
+        print(*TARGETS)
+        return 0
+    if options.target is None:
+        parser.error(f"name a target: one of {', '.join(TARGETS)}")
     options.directory.mkdir(parents=True, exist_ok=True)
     if options.input is not None:
         program = build(f"fuzz_{options.target}", options.directory)

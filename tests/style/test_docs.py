@@ -41,3 +41,13 @@ def test_changelog_keeps_its_form() -> None:
     assert all(
         re.fullmatch(r"## \[(Unreleased|\d+\.\d+\.\d+)\]( - \d{4}-\d\d-\d\d)?", h) for h in headings
     )
+
+
+def test_every_make_target_that_is_promised_has_a_rule() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    rules = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    phony = makefile.split(".PHONY:")[1].split("\n\n")[0].replace("\\\n", " ").split()
+    told = re.findall(r"`?make ([a-z-]+)", "\n".join(p.read_text() for p in DOCUMENTS))
+    shown = re.findall(r"^# make ([\w-]+)", makefile, re.MULTILINE)
+    assert set(phony) | set(shown) <= rules
+    assert {"demo", "serve", "test"} <= set(told) & rules

@@ -158,7 +158,7 @@ class Status:
 
     def encode(self) -> dict[str, Any]:
         """Return the status as JSON."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def decode(cls, data: dict[str, Any]) -> Status:

@@ -80,6 +80,7 @@ class Zygote:
 
     def run(self) -> None:
         """Import the worker, freeze the heap, then serve."""
+        from kvm_ffi.heap_image import HeapImage
         from kvm_ffi.host_process import keep_heap_small
 
         from .worker import main as worker_main
@@ -102,6 +103,11 @@ class Zygote:
         gc.collect()
         keep_heap_small()
         gc.freeze()
+        try:
+            self._image: HeapImage | None = HeapImage()
+        except OSError as err:
+            log.warning("workers will use more memory: no heap image: %s", err)
+            self._image = None
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
@@ -172,7 +178,7 @@ class Zygote:
             selector.close()
             for sock in (self._sock, self._wake_read, self._wake_write):
                 sock.close()
-            status = self._worker_main(vm_id, fds, self._facts)
+            status = self._worker_main(vm_id, fds, self._facts, self._image)
         except Exception:
             # The border of the process: the traceback goes to the worker's own log.
             logging.getLogger("daemon.worker").exception("worker failed vm=%s", vm_id)

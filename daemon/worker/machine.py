@@ -91,7 +91,7 @@ class MachineFds:
 
 
 class Machine:
-    """A built machine: KVM VM, memory, devices and parked vCPU threads.
+    """A built machine: KVM VM, memory, devices and vCPUs; no thread runs before start().
 
     Built in one go and taken down in one go; a reset builds another one from the same spec.
 
@@ -154,7 +154,6 @@ class Machine:
         vcpus = self._create_vcpus(kvm, spec, boot_state, stack)
         self._vcpus = VcpuThreads(vcpus, self._pio, self._mmio, self._pci, self._on_fatal)
         stack.callback(self._vcpus.end)
-        self._vcpus.start()
 
     def _add_legacy(self, stack: contextlib.ExitStack) -> None:
         vm, pio = self._vm, self._pio

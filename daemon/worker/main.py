@@ -25,6 +25,7 @@ from typing import Any, Final
 from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
+from kvm_ffi.heap_image import HeapImage
 from kvm_ffi.host_process import drop_privileges, name_thread
 from kvm_ffi.rate_limiter import RateLimit
 from kvm_ffi.system import HostFacts
@@ -42,18 +43,21 @@ log = logging.getLogger(__name__)
 
 # A guest that resets itself at once after each start costs the host this often, no more.
 MIN_RESET_INTERVAL_S: Final = 1.0
+# By then a guest has booted, and what that took of the worker is not needed again.
+SETTLE_AFTER_S: Final = 30.0
 # hosteld may have given up, or died, between its fork and its launch.
 LAUNCH_TIMEOUT_S: Final = 60.0
 # More than any status takes.
 LAST_WORDS_BYTES: Final = 4096
 
 
-def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None) -> int:
+def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None, image: HeapImage | None) -> int:
     """Be a worker until its VM ends; returns the process's exit status.
 
     Args:
         fds: listener, console, log and last_words, as protocol.py says; owned from here on.
         facts: what the zygote found out about this host, or None.
+        image: of the zygote's memory, or None.
     """
     listener_fd, console_fd, log_fd, last_words_fd = fds
     os.dup2(log_fd, 1)
@@ -67,11 +71,13 @@ def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None) -> int:
     )
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if image is not None:
+        image.attach()
     drop_privileges()
     install_kick_signal()
     name_thread(f"vm-{vm_id}")
     with selectors.DefaultSelector() as selector:
-        worker = Worker(vm_id, selector, console_fd, last_words_fd, facts)
+        worker = Worker(vm_id, selector, console_fd, last_words_fd, facts, image)
         control = ControlServer(socket.socket(fileno=listener_fd), selector, worker.handle)
         worker.serve(control)
         control.close()
@@ -91,9 +97,11 @@ class Worker:
         console_fd: int,
         last_words_fd: int,
         facts: HostFacts | None,
+        image: HeapImage | None,
     ) -> None:
         self._selector = selector
         self._facts = facts
+        self._image = image
         self._console = BoundedLog(console_fd)
         self._last_words_fd = last_words_fd
         self._machine: Machine | None = None
@@ -105,6 +113,7 @@ class Worker:
         self._events_ready = EventFd()
         self._is_done = False
         self._reset_due: float | None = None
+        self._settle_due: float | None = None
         self._last_reset = 0.0
         # What a guest can make the worker log, and so write to the host's disk.
         self._log_limit = RateLimiter()
@@ -128,12 +137,8 @@ class Worker:
         self._selector.register(self._events_ready.fd, selectors.EVENT_READ, self._on_events)
         launch_due = time.monotonic() + LAUNCH_TIMEOUT_S
         while not self._is_done:
-            timeout = None
-            if self._reset_due is not None:
-                timeout = max(0.0, self._reset_due - time.monotonic())
-            elif self._status.state == "empty":
-                timeout = max(0.0, launch_due - time.monotonic())
-            for key, _ in self._selector.select(timeout):
+            due = launch_due if self._status.state == "empty" else None
+            for key, _ in self._selector.select(self._timeout(due)):
                 # One callback may take away what a later one of the same round stands for.
                 if self._selector.get_map().get(key.fd) is key:
                     self._call(key.data)
@@ -141,7 +146,14 @@ class Worker:
                 self._rebuild()
             if self._status.state == "empty" and time.monotonic() >= launch_due:
                 self._end("never_launched", "nobody launched a VM in it")
+            if self._settle_due is not None and time.monotonic() >= self._settle_due:
+                self._settle()
         self._teardown()
+
+    def _timeout(self, launch_due: float | None) -> float | None:
+        """Return the seconds until the main loop must do something by itself."""
+        dues = [due for due in (launch_due, self._reset_due, self._settle_due) if due is not None]
+        return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def _call(self, callback: Callable[[], object]) -> None:
         # The border "worker message": whatever goes wrong in one of them, the guest runs on.
@@ -324,8 +336,19 @@ class Worker:
             selectors.EVENT_READ,
             self._machine.event_loop.dispatch,
         )
+        self._settle_due = time.monotonic() + SETTLE_AFTER_S
         if start:
             self._machine.start()
+
+    def _settle(self) -> None:
+        """Give back the memory that the start and the guest's boot unshared."""
+        self._settle_due = None
+        if self._image is None:
+            return
+        try:
+            self._image.give_back()
+        except OSError as err:
+            log.info("memory not shared again: %s", err)
 
     def _unbuild(self) -> None:
         machine, self._machine = self._machine, None

@@ -8,7 +8,6 @@ import contextlib
 import enum
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -52,7 +51,7 @@ class VcpuThreads:
         on_fatal: called on a vCPU's thread when that vCPU cannot go on (triple fault, KVM error);
             the thread parks after it. Must not block.
 
-    Threads: start, park, run, end and stats on the worker's main thread; request_park on any.
+    Threads: park, run and end on the worker's main thread; request_park on any.
     """
 
     def __init__(
@@ -76,16 +75,14 @@ class VcpuThreads:
             for vcpu in self._vcpus
         ]
 
-    def start(self) -> None:
-        """Start the threads, parked."""
-        for thread in self._threads:
-            thread.start()
-
     def run(self) -> None:
-        """Let every vCPU run."""
+        """Let every vCPU run; the threads begin with the first time."""
         with self._changed:
             self._gate = _Gate.RUN
             self._changed.notify_all()
+        for thread in self._threads:
+            if thread.ident is None:
+                thread.start()
 
     def run_after_pause(self) -> None:
         """Let every vCPU run, and tell each guest CPU that it was stopped.
@@ -117,12 +114,14 @@ class VcpuThreads:
             TimeoutError: a vCPU is stuck in a device for PARK_TIMEOUT_S.
         """
         self.request_park()
-        deadline = time.monotonic() + PARK_TIMEOUT_S
+        running = {
+            vcpu.index
+            for vcpu, thread in zip(self._vcpus, self._threads, strict=True)
+            if thread.ident is not None
+        }
         with self._changed:
-            if not self._changed.wait_for(
-                lambda: len(self._parked) == len(self._vcpus), deadline - time.monotonic()
-            ):
-                stuck = sorted({vcpu.index for vcpu in self._vcpus} - self._parked)
+            if not self._changed.wait_for(lambda: self._parked >= running, PARK_TIMEOUT_S):
+                stuck = sorted(running - self._parked)
                 raise TimeoutError(f"vcpus {stuck} did not park within {PARK_TIMEOUT_S:g} s")
 
     def end(self) -> None:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 PRODUCT = ("kvm_ffi", "devices", "api", "daemon", "lab", "guest", "bench")
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-# The trust boundary stays small enough to be read in a day: DESIGN section 3.
-MAX_C_LINES = 5500
+# What must not be interpreted, engines included; it shall stay small enough to be read.
+MAX_C_LINES = 8000
 
 
 def tracked(*suffixes: str) -> list[Path]:

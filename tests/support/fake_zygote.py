@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     fake = types.ModuleType("daemon.worker.main")
     fake.run = lambda vm_id, fds, *_: FakeWorker(vm_id, fds).run()  # type: ignore[attr-defined]
-    sys.modules["daemon.worker.main"] = fake
+    fake.warm_up = lambda: None  # type: ignore[attr-defined]
+    sys.modules["daemon.worker.main"] = sys.modules["daemon.worker.warm_up"] = fake
     zygote.Zygote(socket.socket(fileno=parser.parse_args().fd)).run()
 
 

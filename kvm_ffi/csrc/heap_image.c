@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Copyright the Hostel authors */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "heap_image.h"
+
+#include "stand_still.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#define PAGE_BYTES 4096u
+/* On the stack, which is no part of the image. A worker has some 150 mappings of 100 bytes. */
+#define MAPS_BYTES (64u * 1024)
+#define PAGEMAP_BATCH 512u
+/* Linux Documentation/admin-guide/mm/pagemap.rst. */
+#define PAGEMAP_PRESENT (1ull << 63)
+#define PAGEMAP_SWAPPED (1ull << 62)
+#define PAGEMAP_FILE (1ull << 61)
+
+struct mapping {
+	uintptr_t start;
+	uintptr_t end;
+	uint64_t offset;
+	dev_t device;
+	uint64_t inode;
+	bool is_private_writable;
+	bool is_stack;
+};
+
+typedef int visit_mapping(const struct heap_image *image, const struct mapping *mapping,
+			  int64_t *count);
+
+static bool has_one_thread(void)
+{
+	struct stat status;
+
+	/* One directory a thread, beside "." and "..". */
+	return stat("/proc/self/task", &status) == 0 && status.st_nlink == 3;
+}
+
+static ssize_t read_all(int fd, char *buffer, size_t bytes)
+{
+	size_t done = 0;
+	ssize_t got;
+
+	while ((got = pread(fd, buffer + done, bytes - done, (off_t)done)) > 0)
+		done += (size_t)got;
+	if (got < 0)
+		return -errno;
+	return done == bytes ? -E2BIG : (ssize_t)done;
+}
+
+/* One line of /proc/PID/maps (proc(5)): start-end perms offset dev inode name. */
+static bool parse_mapping(const char *line, struct mapping *ret)
+{
+	char perms[5];
+	unsigned int major, minor;
+	int name_at = 0;
+
+	if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %" SCNx64 " %x:%x %" SCNu64 " %n",
+		   &ret->start, &ret->end, perms, &ret->offset, &major, &minor, &ret->inode,
+		   &name_at) != 7)
+		return false;
+	ret->device = makedev(major, minor);
+	ret->is_private_writable = strcmp(perms, "rw-p") == 0;
+	ret->is_stack = strncmp(line + name_at, "[stack]", 7) == 0;
+	return true;
+}
+
+/* Call `visit` for each mapping until one fails. The text is read before the first call, since a
+ * visit may change the mappings. */
+static int64_t visit_mappings(const struct heap_image *image, visit_mapping *visit)
+{
+	char maps[MAPS_BYTES];
+	ssize_t got = read_all(image->maps_fd, maps, sizeof(maps) - 1);
+	struct mapping mapping;
+	char *line, *rest;
+	int64_t count = 0;
+
+	if (got < 0)
+		return got;
+	maps[got] = '\0';
+	for (line = strtok_r(maps, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
+		int err = parse_mapping(line, &mapping) ? visit(image, &mapping, &count) : -EPROTO;
+
+		if (err < 0)
+			return err;
+	}
+	return count;
+}
+
+/* With no signal in between: its handler would write to memory that is being compared or moved. */
+static int64_t visit_undisturbed(const struct heap_image *image, visit_mapping *visit)
+{
+	sigset_t all, before;
+	int64_t ret;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	ret = visit_mappings(image, visit);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return ret;
+}
+
+static bool is_zero(const uint8_t *page)
+{
+	return page[0] == 0 && memcmp(page, page + 1, PAGE_BYTES - 1) == 0;
+}
+
+/* Copy a range to the memfd's end, untouched pages as holes. */
+static int copy_out(int memfd, const struct mapping *mapping, off_t offset)
+{
+	size_t bytes = mapping->end - mapping->start;
+
+	if (ftruncate(memfd, offset + (off_t)bytes) < 0)
+		return -errno;
+	for (size_t at = 0; at < bytes; at += PAGE_BYTES) {
+		const uint8_t *page = (const uint8_t *)(mapping->start + at);
+
+		if (is_zero(page))
+			continue;
+		if (pwrite(memfd, page, PAGE_BYTES, offset + (off_t)at) != PAGE_BYTES)
+			return -EIO;
+	}
+	return 0;
+}
+
+static int move_mapping(const struct heap_image *image, const struct mapping *mapping,
+			int64_t *count)
+{
+	size_t bytes = mapping->end - mapping->start;
+	struct stat status;
+	int err;
+
+	if (!mapping->is_private_writable || mapping->is_stack)
+		return 0;
+	if (fstat(image->memfd, &status) < 0)
+		return -errno;
+	err = copy_out(image->memfd, mapping, status.st_size);
+	if (err < 0)
+		return err;
+	/* Nothing has written to the range since: this is the only thread, it takes no signal, and
+	 * its own memory is on the stack. */
+	if (mmap((void *)mapping->start, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
+		 image->memfd, status.st_size) == MAP_FAILED)
+		return -errno;
+	*count += (int64_t)(bytes / PAGE_BYTES);
+	return 0;
+}
+
+static void detach(struct heap_image *image)
+{
+	int *fds[] = {&image->maps_fd, &image->pagemap_fd, &image->task_fd};
+
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+		if (*fds[i] >= 0)
+			close(*fds[i]);
+		*fds[i] = -1;
+	}
+}
+
+int heap_image_attach(struct heap_image *image)
+{
+	int err;
+
+	image->maps_fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	image->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	image->task_fd = open("/proc/self/task", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (image->maps_fd >= 0 && image->pagemap_fd >= 0 && image->task_fd >= 0)
+		return stand_still_install();
+	err = -errno;
+	detach(image);
+	return err;
+}
+
+/* Nobody may change the image any more, a worker that a guest has taken over least of all. */
+static int seal(const struct heap_image *image)
+{
+	unsigned int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL;
+
+	return fcntl(image->memfd, F_ADD_SEALS, seals) < 0 ? -errno : 0;
+}
+
+int heap_image_create(struct heap_image *image)
+{
+	int64_t moved;
+	int err;
+
+	if (!has_one_thread())
+		return -EBUSY;
+	image->memfd = memfd_create("hostel-heap", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (image->memfd < 0)
+		return -errno;
+	err = heap_image_attach(image);
+	if (err == 0) {
+		moved = visit_undisturbed(image, move_mapping);
+		err = moved < 0 ? (int)moved : seal(image);
+		detach(image);
+	}
+	if (err < 0)
+		close(image->memfd);
+	return err;
+}
+
+static int drop(uintptr_t start, uintptr_t end)
+{
+	if (start < end && madvise((void *)start, end - start, MADV_DONTNEED) < 0)
+		return -errno;
+	return 0;
+}
+
+/* Whether the process has a copy of its own of a page, and the copy differs. */
+static bool is_changed(const struct heap_image *image, uint64_t entry, const uint8_t *page,
+		       uint64_t offset)
+{
+	uint8_t original[PAGE_BYTES];
+
+	if (entry & PAGEMAP_SWAPPED)
+		return true; /* not worth reading it back */
+	if (!(entry & PAGEMAP_PRESENT) || (entry & PAGEMAP_FILE))
+		return false;
+	/* Read, not mapped: page faults would cost several times as much. */
+	return pread(image->memfd, original, sizeof(original), (off_t)offset) !=
+		   (ssize_t)sizeof(original) ||
+	       memcmp(page, original, PAGE_BYTES) != 0;
+}
+
+static int give_back_mapping(const struct heap_image *image, const struct mapping *mapping,
+			     int64_t *count)
+{
+	uint64_t entries[PAGEMAP_BATCH];
+	uintptr_t unchanged_since = mapping->start;
+	uintptr_t page = mapping->start;
+	int err;
+
+	while (page < mapping->end) {
+		size_t left = (mapping->end - page) / PAGE_BYTES;
+		size_t n = left < PAGEMAP_BATCH ? left : PAGEMAP_BATCH;
+		off_t at = (off_t)(page / PAGE_BYTES * sizeof(entries[0]));
+
+		if (pread(image->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
+		    (ssize_t)(n * sizeof(entries[0])))
+			return -EIO;
+		for (size_t i = 0; i < n; i++, page += PAGE_BYTES) {
+			uint64_t offset = mapping->offset + (page - mapping->start);
+
+			if (!is_changed(image, entries[i], (const uint8_t *)page, offset))
+				continue;
+			err = drop(unchanged_since, page);
+			if (err < 0)
+				return err;
+			++*count;
+			unchanged_since = page + PAGE_BYTES;
+		}
+	}
+	return drop(unchanged_since, mapping->end);
+}
+
+static int visit_give_back(const struct heap_image *image, const struct mapping *mapping,
+			   int64_t *count)
+{
+	struct stat status;
+
+	if (fstat(image->memfd, &status) < 0)
+		return -errno;
+	/* By what is mapped there now: the process may have unmapped a part of the image, and put
+	 * something else in its place. */
+	if (mapping->inode != status.st_ino || mapping->device != status.st_dev ||
+	    !mapping->is_private_writable)
+		return 0;
+	return give_back_mapping(image, mapping, count);
+}
+
+int64_t heap_image_give_back(const struct heap_image *image)
+{
+	/* Another thread could write to a page between its comparison and its drop. */
+	int64_t ret = stand_still_begin(image->task_fd);
+
+	if (ret == 0) {
+		ret = visit_undisturbed(image, visit_give_back);
+		stand_still_end();
+	}
+	return ret;
+}

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""A fork shares memory again that it did not change, and keeps all that it did."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+# Each test is a process of its own: it gives up its memory for an image of it.
+PRELUDE = """
+import gc, os, sys, threading
+from pathlib import Path
+from kvm_ffi.heap_image import HeapImage
+
+def own_kib():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    lines = [line.split() for line in text.splitlines()]
+    return sum(int(words[1]) for words in lines if words[0] == "Private_Dirty:")
+
+def give_back():
+    # A busy machine may not let every thread answer in time; nothing happens then.
+    for _ in range(100):
+        try:
+            return image.give_back()
+        except TimeoutError:
+            pass
+    raise AssertionError("the threads never stood still")
+
+def fork(main):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            image.attach()
+            main()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+
+data = [{"number": i, "text": str(i) * 20} for i in range(20_000)]
+gc.collect()
+gc.freeze()
+"""
+
+
+def run(script: str) -> str:
+    """Run a script behind the prelude; return its last words when it failed."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return done.stderr if done.returncode else ""
+
+
+def test_what_a_fork_only_looked_at_is_shared_again() -> None:
+    assert not run("""
+        image = HeapImage()
+        sibling_waits, release = os.pipe()
+        if os.fork() == 0:  # with a second process every page has somebody to share it with
+            os.close(release)
+            sum(len(entry["text"]) for entry in data)
+            os.read(sibling_waits, 1)
+            os._exit(0)
+
+        def look():
+            before = own_kib()
+            sum(len(entry["text"]) for entry in data)
+            looked = own_kib()
+            assert looked > before + 2000, (before, looked)
+            image.give_back()
+            assert own_kib() < before + 500, (before, looked, own_kib())
+
+        fork(look)
+    """)
+
+
+def test_what_a_fork_changed_stays_changed() -> None:
+    assert not run("""
+        image = HeapImage()
+
+        def change():
+            for entry in data[::7]:
+                entry["text"] = "changed"
+            kept = image.give_back()
+            assert kept > 0
+            assert all(
+                entry["text"] == ("changed" if i % 7 == 0 else str(i) * 20)
+                for i, entry in enumerate(data)
+            )
+
+        fork(change)
+    """)
+
+
+def test_what_was_freed_and_used_anew_is_not_touched() -> None:
+    assert not run("""
+        image = HeapImage()
+
+        def replace():
+            data.clear()
+            gc.collect()
+            fresh = [bytes(3000) for _ in range(4000)]
+            image.give_back()
+            assert all(piece == bytes(3000) for piece in fresh)
+
+        fork(replace)
+    """)
+
+
+def test_threads_lose_nothing_that_they_write_meanwhile() -> None:
+    assert not run("""
+        image = HeapImage()
+
+        def count(mine, others_go_on):
+            while others_go_on.is_set():
+                for entry in mine:
+                    entry["number"] += 1
+
+        def race():
+            go_on = threading.Event()
+            go_on.set()
+            parts = [data[i::4] for i in range(4)]
+            threads = [threading.Thread(target=count, args=(part, go_on)) for part in parts]
+            before = [entry["number"] for entry in data]
+            for thread in threads:
+                thread.start()
+            for _ in range(30):
+                give_back()
+            go_on.clear()
+            for thread in threads:
+                thread.join()
+            for i in range(4):
+                grown = {entry["number"] - before[i + 4 * n] for n, entry in enumerate(parts[i])}
+                assert len(grown) == 1, grown
+
+        sys.setswitchinterval(1e-5)
+        fork(race)
+    """)
+
+
+def test_a_thread_that_waits_for_input_goes_on_waiting() -> None:
+    assert not run("""
+        image = HeapImage()
+
+        def wait():
+            readable, writable = os.pipe()
+            got = []
+            thread = threading.Thread(target=lambda: got.append(os.read(readable, 16)))
+            thread.start()
+            for _ in range(20):
+                give_back()
+            assert got == []
+            os.write(writable, b"late")
+            thread.join(10)
+            assert got == [b"late"]
+
+        fork(wait)
+    """)
+
+
+def test_nobody_can_change_the_image() -> None:
+    assert not run("""
+        image = HeapImage()
+
+        def tamper():
+            for name in os.listdir("/proc/self/fd"):
+                try:
+                    target = os.readlink(f"/proc/self/fd/{name}")
+                except FileNotFoundError:
+                    continue
+                if "hostel-heap" in target:
+                    break
+            else:
+                raise AssertionError("no image")
+            try:
+                os.pwrite(int(name), b"x", 0)
+            except PermissionError:
+                return
+            raise AssertionError("written")
+
+        fork(tamper)
+    """)
+
+
+def test_a_process_with_threads_makes_none() -> None:
+    assert "Device or resource busy" in run("""
+        done = threading.Event()
+        thread = threading.Thread(target=done.wait)
+        thread.start()
+        try:
+            HeapImage()
+        finally:
+            done.set()
+            thread.join()
+    """)

@@ -23,7 +23,7 @@ APT    := gcc libc6-dev linux-libc-dev python3-dev python3-venv curl iproute2 km
           clang libclang-rt-14-dev clang-format shellcheck acpica-tools
 
 .PHONY: demo serve test check bench fuzz lab fmt setup build guest clean \
-        test-style test-unit test-api test-fuzz test-kvm test-guest test-guest-all
+        test-style test-unit test-api test-fuzz test-kvm test-guest
 
 # --- set-up
 
@@ -76,17 +76,11 @@ test-kvm: build
 	$(PYTEST) tests/kvm
 
 # In the lab, which is a full host wherever this runs; never skipped there. On one emulated CPU:
-# QEMU does not get every race of two right, and a test must not fail for that. What is marked long
-# takes more starts of guests and hosteld than fit here: test-guest-all has it.
-GUEST_RUN = HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) lab/lab run -c 1 -m 4096 -t 2700 -- \
-            $(PYTEST) -v --tb=short tests/guest
-
+# QEMU does not get every race of two right, and a test must not fail for that.
 test-guest: build guest
 	@echo "running tests/guest in the lab, an emulated AMD-V host"
-	@$(GUEST_RUN) -m "not long"
-
-test-guest-all: build guest
-	@$(GUEST_RUN)
+	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) lab/lab run -c 1 -m 4096 -t 2700 -- \
+	   $(PYTEST) -v --tb=short tests/guest
 
 # --- the main job, by hand and by eye
 

@@ -189,7 +189,6 @@ def test_a_killed_hosteld_finds_it_again_and_its_console_goes_on(main: LinuxGues
     assert main.ask("echo $((6 * 7))") == "42"
 
 
-@pytest.mark.long
 def test_a_reboot_keeps_what_its_disk_holds(main: LinuxGuest) -> None:
     main.ask("echo kept > /root/kept; sync")
     pid, offset = main.vm["pid"], main.log_end()
@@ -200,7 +199,6 @@ def test_a_reboot_keeps_what_its_disk_holds(main: LinuxGuest) -> None:
     assert main.vm["pid"] == pid
 
 
-@pytest.mark.long
 def test_the_power_button_powers_it_off(main: LinuxGuest) -> None:
     vm = main.hostel.api.act("main", "stop", {"timeout_s": 60, "force": False})
     assert vm["state"] == "stopped"
@@ -209,20 +207,17 @@ def test_the_power_button_powers_it_off(main: LinuxGuest) -> None:
     subprocess.run(["e2fsck", "-fn", vm["disks"][0]["path"]], check=True, capture_output=True)
 
 
-@pytest.mark.long
 def test_a_stop_and_a_start_keep_what_its_disk_holds(main: LinuxGuest) -> None:
     main.hostel.api.call("PATCH", "/v1/vms/main", {"on_reboot": "stop"})
     main.start()
     assert main.ask("cat /root/kept") == "kept"
 
 
-@pytest.mark.long
 def test_a_reboot_stops_it_if_that_is_wanted(main: LinuxGuest) -> None:
     main.type("reboot")
     main.wait_ended("guest_reboot")
 
 
-@pytest.mark.long
 def test_nothing_of_it_is_left_once_it_is_deleted(main: LinuxGuest, files: dict[str, Path]) -> None:
     disk = Path(main.vm["disks"][0]["path"])
     assert disk.exists()

@@ -27,9 +27,6 @@ PAYLOAD = bytes(i * 7 & 0xFF for i in range(4 << 20))
 LIMIT_S = 120.0
 
 
-pytestmark = pytest.mark.long
-
-
 @pytest.fixture(scope="module", params=["vhost", "tap"])
 def net(hostel: Hostel, guest: Guest, request: pytest.FixtureRequest) -> Iterator[LinuxGuest]:
     hostel.api.post(

@@ -20,9 +20,9 @@ _Static_assert(CQ_ENTRIES >= BLK_MAX_IN_FLIGHT + 1 + BLK_MAX_QUEUES + 1, "room f
 /* A write to the page cache is a copy: of this size it costs less than to hand it to a thread
  * of the kernel, which is what io_uring does with it on ext4 ... */
 #define INLINE_WRITE_MAX_BYTES 65536u
-/* ... unless the host has too much to write back and makes writers wait. Then the others do not
- * have to wait along. */
-#define STALL_NS 2000000u
+/* ... unless the host has too much to write back and makes writers wait, up to 200 ms at a time.
+ * Then the others do not have to wait along. Less is no sign: a busy CPU is as slow. */
+#define STALL_NS 50000000u
 #define STALL_PAUSE_NS 100000000u
 
 struct blk_ring {

@@ -6,6 +6,7 @@
     vmlinuz        Debian's linux-image-cloud-amd64, as it is
     initrd.img     busybox, the drivers for virtio and ext4, guest/init.sh
     initrd-min.img guest/init.c alone: for measuring how soon user space runs
+    initrd-load.img guest/blkload.c and the drivers for a disk: load on it, and data that is checked
     disk.raw       a small ext4 root disk with busybox as init and a shell on the console
     manifest.json  versions, sizes and SHA-256 of all these
 
@@ -53,7 +54,8 @@ DISK_MODULES: Final = (
 DISK_MIB: Final = 64
 # Fixed, so that the same sources give the same disk.
 DISK_UUID: Final = "6f73746c-0000-4000-8000-000000000001"
-FILES: Final = ("vmlinuz", "initrd.img", "initrd-min.img", "disk.raw")
+LOAD_MODULES: Final = ("virtio_pci", "virtio_blk")
+FILES: Final = ("vmlinuz", "initrd.img", "initrd-min.img", "initrd-load.img", "disk.raw")
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,13 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 
 def _fill(out: Path, scratch: Path, sources: Sources, stamp: str) -> dict[str, Any]:
-    timer = scratch / "boot-timer"
-    flags = ("-Os", "-s", "-static", "-Wall", "-Wextra", "-Werror")
-    tools.run(["gcc", *flags, "-o", timer, HERE / "init.c"], what="building guest/init.c")
+    timer, load = _compile("init.c", scratch), _compile("blkload.c", scratch)
     busybox = sources.busybox.read_bytes()
     shutil.copyfile(sources.kernel.vmlinuz, out / "vmlinuz")
-    initrd = _initrd(sources.kernel, busybox, timer.read_bytes())
+    initrd = _initrd(sources.kernel, busybox, timer)
     (out / "initrd.img").write_bytes(initrd)
-    (out / "initrd-min.img").write_bytes(_initrd_min(timer.read_bytes()))
+    (out / "initrd-min.img").write_bytes(_initrd_min(timer))
+    (out / "initrd-load.img").write_bytes(_initrd_load(sources.kernel, load))
     _make_disk(out / "disk.raw", scratch / "root", sources.kernel, busybox)
     manifest: dict[str, Any] = {
         "stamp": stamp,
@@ -153,6 +154,13 @@ def _fill(out: Path, scratch: Path, sources: Sources, stamp: str) -> dict[str, A
     return manifest
 
 
+def _compile(name: str, scratch: Path) -> bytes:
+    program = scratch / name.removesuffix(".c")
+    flags = ("-Os", "-s", "-static", "-Wall", "-Wextra", "-Werror")
+    tools.run(["gcc", *flags, "-o", program, HERE / name], what=f"building guest/{name}")
+    return program.read_bytes()
+
+
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
@@ -165,12 +173,24 @@ def _initrd(kernel: KernelTree, busybox: bytes, timer: bytes) -> bytes:
     archive.file("bin/busybox", busybox, 0o755)
     archive.file("bin/boot-timer", timer, 0o755)
     archive.file("init", (HERE / "init.sh").read_bytes(), 0o755)
-    order = kernel.load_order(INITRD_MODULES)
+    _add_modules(archive, kernel, INITRD_MODULES)
+    # Not compressed: unpacking costs a guest more time than reading costs its host.
+    return archive.to_bytes()
+
+
+def _initrd_load(kernel: KernelTree, load: bytes) -> bytes:
+    archive = cpio.Archive()
+    archive.char_device("dev/console", 5, 1)
+    archive.file("init", load, 0o755)
+    _add_modules(archive, kernel, LOAD_MODULES)
+    return archive.to_bytes()
+
+
+def _add_modules(archive: cpio.Archive, kernel: KernelTree, names: tuple[str, ...]) -> None:
+    order = kernel.load_order(names)
     for module in order:
         archive.file(f"modules/{module.name}", module.read_bytes())
     archive.file("modules/order", "".join(f"{m.name}\n" for m in order).encode())
-    # Not compressed: unpacking costs a guest more time than reading costs its host.
-    return archive.to_bytes()
 
 
 def _initrd_min(timer: bytes) -> bytes:

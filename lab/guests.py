@@ -26,6 +26,7 @@ class Guest:
     kernel: Path
     initrd: Path
     instant: Path  # an initrd whose init reports to the boot timer and waits
+    load: Path  # an initrd whose init puts load on a disk, or data that can be checked
     disk: Path
     ready_line: str
     instant_line: str
@@ -66,6 +67,7 @@ def read_guest(directory: Path) -> Guest:
         kernel=directory / "vmlinuz",
         initrd=directory / "initrd.img",
         instant=directory / "initrd-min.img",
+        load=directory / "initrd-load.img",
         disk=directory / "disk.raw",
         ready_line=manifest["ready_line"],
         instant_line=manifest["boot_timer"]["console_line"],

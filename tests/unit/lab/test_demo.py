@@ -38,6 +38,7 @@ def guest() -> Guest:
         kernel=Path("/g/vmlinuz"),
         initrd=Path("/g/initrd.img"),
         instant=Path("/g/initrd-min.img"),
+        load=Path("/g/initrd-load.img"),
         disk=Path("/g/disk.raw"),
         ready_line="ready",
         instant_line="instant",

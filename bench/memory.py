@@ -132,7 +132,7 @@ def _start(hostel: Hostel, name: str) -> int:
 
 def measure_qemu(guest: Guest, count: int) -> tuple[float, float]:
     """Return the MiB of one QEMU alone, and the median of many."""
-    peer = Peer("microvm", guest.kernel, guest.instant, CMDLINE, MEMORY_MIB)
+    peer = Peer("microvm", guest.kernel, guest.instant, CMDLINE, MEMORY_MIB, has_named_ram=True)
     marker = guest.instant_line.encode()
     warm_up(guest.kernel, guest.instant)
     with ExitStack() as stack:

@@ -32,13 +32,18 @@ class Peer:
     initrd: Path
     cmdline: str
     memory_mib: int
+    # A mapping of its own, which costs QEMU the huge pages that it gives its RAM otherwise.
+    has_named_ram: bool = False
 
     def command(self) -> list[str]:
         """Return the command line; nothing that is not needed is there."""
-        ram = f"{RAM_NAME},id=ram,size={self.memory_mib}M"
+        machine, ram = f"{MACHINES[self.machine]},accel=kvm", []
+        if self.has_named_ram:
+            machine += ",memory-backend=ram"
+            ram = ["-object", f"{RAM_NAME},id=ram,size={self.memory_mib}M"]
         return [
-            *(PROGRAM, "-M", f"{MACHINES[self.machine]},accel=kvm,memory-backend=ram"),
-            *("-object", ram, "-m", str(self.memory_mib), "-cpu", "host", "-smp", "1"),
+            *(PROGRAM, "-M", machine, *ram),
+            *("-m", str(self.memory_mib), "-cpu", "host", "-smp", "1"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-serial", "stdio", "-kernel", str(self.kernel), "-initrd", str(self.initrd)),
             *("-append", self.cmdline),

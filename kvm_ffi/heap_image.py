@@ -40,11 +40,14 @@ class HeapImage:
     def give_back(self) -> int:
         """Share again what this process has not changed; returns the pages that are its own.
 
-        Threads: one at a time; all others stand still meanwhile, for some milliseconds.
+        Only once: a success closes what attach() opened.
+
+        Threads: one at a time; all others stand still meanwhile, for 10 ms at most.
 
         Raises:
-            OSError: ETIMEDOUT when a thread does not stand still; what was not given back is as
-                it was.
+            BlockingIOError: the time was up; another call goes on.
+            TimeoutError: a thread did not stand still; another call may find it otherwise.
+            OSError: the kernel refused; what was not given back is as it was.
         """
         return _check(lib.heap_image_give_back(self._raw))
 

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 MIN_RESET_INTERVAL_S: Final = 1.0
 # By then a guest has booted, and what that took of the worker is not needed again.
 SETTLE_AFTER_S: Final = 30.0
+# Each stops the guest for 10 ms at most, and comes a second later than the one before.
+MAX_SETTLE_ATTEMPTS: Final = 10
 # hosteld may have given up, or died, between its fork and its launch.
 LAUNCH_TIMEOUT_S: Final = 60.0
 # More than any status takes.
@@ -71,8 +73,12 @@ def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None, image: HeapIm
     )
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if image is not None:
-        image.attach()
+    try:
+        if image is not None:
+            image.attach()
+    except OSError as err:
+        log.warning("memory will not be shared again: %s", err)
+        image = None
     drop_privileges()
     install_kick_signal()
     name_thread(f"vm-{vm_id}")
@@ -114,6 +120,7 @@ class Worker:
         self._is_done = False
         self._reset_due: float | None = None
         self._settle_due: float | None = None
+        self._settle_attempts = 0
         self._last_reset = 0.0
         # What a guest can make the worker log, and so write to the host's disk.
         self._log_limit = RateLimiter()
@@ -341,14 +348,21 @@ class Worker:
             self._machine.start()
 
     def _settle(self) -> None:
-        """Give back the memory that the start and the guest's boot unshared."""
+        """Give back the memory that the start and the guest's boot unshared; once, or in pieces."""
         self._settle_due = None
         if self._image is None:
             return
+        self._settle_attempts += 1
         try:
             self._image.give_back()
-        except OSError as err:
+        except (BlockingIOError, TimeoutError) as err:
+            if self._settle_attempts < MAX_SETTLE_ATTEMPTS:
+                self._settle_due = time.monotonic() + self._settle_attempts
+                return
             log.info("memory not shared again: %s", err)
+        except OSError as err:
+            log.warning("memory not shared again: %s", err)
+        self._image = None
 
     def _unbuild(self) -> None:
         machine, self._machine = self._machine, None

@@ -19,12 +19,20 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE_BYTES 4096u
-/* On the stack, which is no part of the image. A worker has some 150 mappings of 100 bytes. */
-#define MAPS_BYTES (64u * 1024)
-#define PAGEMAP_BATCH 512u
+/* On the stack, which is no part of the image. A worker has some 150 mappings, of 100 bytes in maps
+ * and 800 in smaps. */
+#define MAPS_BYTES (512u * 1024)
+/* The guest stands still meanwhile. */
+#define GIVE_BACK_LIMIT_NS (10 * 1000 * 1000)
+#define EXIT_WAIT_MS 1000
+/* Room behind the image: mremap(2) may let a mapping grow past its end. */
+#define SPARE_BYTES (1ll << 30)
+/* Also how many pages are compared between two looks at the clock. */
+#define PAGEMAP_BATCH 64u
 /* Linux Documentation/admin-guide/mm/pagemap.rst. */
 #define PAGEMAP_PRESENT (1ull << 63)
 #define PAGEMAP_SWAPPED (1ull << 62)
@@ -38,17 +46,33 @@ struct mapping {
 	uint64_t inode;
 	bool is_private_writable;
 	bool is_stack;
+	bool is_special; /* known from smaps alone */
 };
 
 typedef int visit_mapping(const struct heap_image *image, const struct mapping *mapping,
 			  int64_t *count);
 
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
 static bool has_one_thread(void)
 {
+	const struct timespec pause = {.tv_nsec = 1000 * 1000};
 	struct stat status;
 
-	/* One directory a thread, beside "." and "..". */
-	return stat("/proc/self/task", &status) == 0 && status.st_nlink == 3;
+	/* A thread that was joined is in the directory for a moment still. */
+	for (int i = 0; i < EXIT_WAIT_MS; i++) {
+		/* One directory a thread, beside "." and "..". */
+		if (stat("/proc/self/task", &status) == 0 && status.st_nlink == 3)
+			return true;
+		nanosleep(&pause, NULL);
+	}
+	return false;
 }
 
 static ssize_t read_all(int fd, char *buffer, size_t bytes)
@@ -77,40 +101,62 @@ static bool parse_mapping(const char *line, struct mapping *ret)
 	ret->device = makedev(major, minor);
 	ret->is_private_writable = strcmp(perms, "rw-p") == 0;
 	ret->is_stack = strncmp(line + name_at, "[stack]", 7) == 0;
+	ret->is_special = false;
 	return true;
 }
 
-/* Call `visit` for each mapping until one fails. The text is read before the first call, since a
- * visit may change the mappings. */
-static int64_t visit_mappings(const struct heap_image *image, visit_mapping *visit)
+/* Whether a mapping is more than memory, by its line "VmFlags:" in smaps: not for forks, wiped in
+ * them, droppable, of a device, locked, or a shadow stack. */
+static bool has_special_flags(const char *line)
 {
-	char maps[MAPS_BYTES];
-	ssize_t got = read_all(image->maps_fd, maps, sizeof(maps) - 1);
-	struct mapping mapping;
-	char *line, *rest;
+	static const char *const special[] = {" dc", " wf", " dp", " io", " pf", " lo", " ss"};
+
+	for (size_t i = 0; i < sizeof(special) / sizeof(special[0]); i++) {
+		if (strstr(line, special[i]))
+			return true;
+	}
+	return false;
+}
+
+/* Call `visit` for each mapping until one fails. The text, of maps or smaps, is read before the
+ * first call, since a visit may change the mappings. */
+static int64_t visit_mappings(const struct heap_image *image, int text_fd, visit_mapping *visit)
+{
+	char text[MAPS_BYTES];
+	ssize_t got = read_all(text_fd, text, sizeof(text) - 1);
+	struct mapping next, mapping = {0};
 	int64_t count = 0;
+	char *line, *rest;
+	int err = 0;
 
 	if (got < 0)
 		return got;
-	maps[got] = '\0';
-	for (line = strtok_r(maps, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
-		int err = parse_mapping(line, &mapping) ? visit(image, &mapping, &count) : -EPROTO;
-
-		if (err < 0)
-			return err;
+	text[got] = '\0';
+	for (line = strtok_r(text, "\n", &rest); line && err == 0;
+	     line = strtok_r(NULL, "\n", &rest)) {
+		if (strncmp(line, "VmFlags:", 8) == 0)
+			mapping.is_special = has_special_flags(line);
+		if (!parse_mapping(line, &next))
+			continue;
+		/* Now all is known of the one before. */
+		if (mapping.is_private_writable)
+			err = visit(image, &mapping, &count);
+		mapping = next;
 	}
-	return count;
+	if (err == 0 && mapping.is_private_writable)
+		err = visit(image, &mapping, &count);
+	return err < 0 ? err : count;
 }
 
 /* With no signal in between: its handler would write to memory that is being compared or moved. */
-static int64_t visit_undisturbed(const struct heap_image *image, visit_mapping *visit)
+static int64_t visit_undisturbed(const struct heap_image *image, int text_fd, visit_mapping *visit)
 {
 	sigset_t all, before;
 	int64_t ret;
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = visit_mappings(image, visit);
+	ret = visit_mappings(image, text_fd, visit);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	return ret;
 }
@@ -145,7 +191,7 @@ static int move_mapping(const struct heap_image *image, const struct mapping *ma
 	struct stat status;
 	int err;
 
-	if (!mapping->is_private_writable || mapping->is_stack)
+	if (mapping->is_stack || mapping->is_special)
 		return 0;
 	if (fstat(image->memfd, &status) < 0)
 		return -errno;
@@ -190,28 +236,36 @@ int heap_image_attach(struct heap_image *image)
 static int seal(const struct heap_image *image)
 {
 	unsigned int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL;
+	struct stat status;
 
-	return fcntl(image->memfd, F_ADD_SEALS, seals) < 0 ? -errno : 0;
+	if (fstat(image->memfd, &status) < 0 ||
+	    ftruncate(image->memfd, status.st_size + SPARE_BYTES) < 0 ||
+	    fcntl(image->memfd, F_ADD_SEALS, seals) < 0)
+		return -errno;
+	return 0;
 }
 
 int heap_image_create(struct heap_image *image)
 {
 	int64_t moved;
-	int err;
+	int smaps_fd, err;
 
 	if (!has_one_thread())
 		return -EBUSY;
-	image->memfd = memfd_create("hostel-heap", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	if (image->memfd < 0)
+	smaps_fd = open("/proc/self/smaps", O_RDONLY | O_CLOEXEC);
+	if (smaps_fd < 0)
 		return -errno;
-	err = heap_image_attach(image);
-	if (err == 0) {
-		moved = visit_undisturbed(image, move_mapping);
+	image->maps_fd = image->pagemap_fd = image->task_fd = -1;
+	image->memfd = memfd_create("hostel-heap", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (image->memfd < 0) {
+		err = -errno;
+	} else {
+		moved = visit_undisturbed(image, smaps_fd, move_mapping);
 		err = moved < 0 ? (int)moved : seal(image);
-		detach(image);
+		if (err < 0)
+			close(image->memfd);
 	}
-	if (err < 0)
-		close(image->memfd);
+	close(smaps_fd);
 	return err;
 }
 
@@ -254,6 +308,8 @@ static int give_back_mapping(const struct heap_image *image, const struct mappin
 		if (pread(image->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
 		    (ssize_t)(n * sizeof(entries[0])))
 			return -EIO;
+		if (now_ns() > image->deadline_ns)
+			return -EAGAIN;
 		for (size_t i = 0; i < n; i++, page += PAGE_BYTES) {
 			uint64_t offset = mapping->offset + (page - mapping->start);
 
@@ -278,20 +334,22 @@ static int visit_give_back(const struct heap_image *image, const struct mapping 
 		return -errno;
 	/* By what is mapped there now: the process may have unmapped a part of the image, and put
 	 * something else in its place. */
-	if (mapping->inode != status.st_ino || mapping->device != status.st_dev ||
-	    !mapping->is_private_writable)
+	if (mapping->inode != status.st_ino || mapping->device != status.st_dev)
 		return 0;
 	return give_back_mapping(image, mapping, count);
 }
 
-int64_t heap_image_give_back(const struct heap_image *image)
+int64_t heap_image_give_back(struct heap_image *image)
 {
 	/* Another thread could write to a page between its comparison and its drop. */
 	int64_t ret = stand_still_begin(image->task_fd);
 
 	if (ret == 0) {
-		ret = visit_undisturbed(image, visit_give_back);
+		image->deadline_ns = now_ns() + GIVE_BACK_LIMIT_NS;
+		ret = visit_undisturbed(image, image->maps_fd, visit_give_back);
 		stand_still_end();
 	}
+	if (ret >= 0)
+		detach(image);
 	return ret;
 }

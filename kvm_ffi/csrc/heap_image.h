@@ -21,19 +21,21 @@ struct heap_image {
 	int maps_fd;
 	int pagemap_fd;
 	int task_fd;
+	uint64_t deadline_ns;
 };
 
-/* Move the process's private writable mappings, its stack apart, into a memfd, at the same
- * addresses with the same content. -EBUSY unless the process has one thread. After another -errno
- * all is as it was, or moved in part, which works as well. */
+/* Move the process's private writable mappings into a memfd, at the same addresses with the same
+ * content; its stack stays, and what forks do not simply inherit. -EBUSY unless the process has one
+ * thread. After another -errno some may have been moved, which works as well. */
 int heap_image_create(struct heap_image *image);
 
 /* In a fork: make the image its own, before it gives up the right to look into /proc/self. */
 int heap_image_attach(struct heap_image *image);
 
 /* Drop every page of the image that the process has not changed; the number of pages that it
- * keeps. Its other threads stand still for that, some milliseconds; -ETIMEDOUT when one does not.
- */
-int64_t heap_image_give_back(const struct heap_image *image);
+ * keeps. Once: what attach() opened is closed after that. Its other threads stand still meanwhile,
+ * for 10 ms at most. -EAGAIN when the time was up, -ETIMEDOUT when a thread did not stand still:
+ * then some is left, and another call goes on. */
+int64_t heap_image_give_back(struct heap_image *image);
 
 #endif

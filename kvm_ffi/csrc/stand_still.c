@@ -15,13 +15,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-/* A running thread answers within microseconds, one that the host's scheduler keeps waiting later.
- */
-#define ANSWER_TIMEOUT_NS (100 * 1000 * 1000)
+/* A thread answers within microseconds; one that waits for a processor or a disk later, and the
+ * guest is not to wait for it. */
+#define ANSWER_TIMEOUT_NS (10 * 1000 * 1000)
+#define MAX_SCANS 100
 #define POLL_NS (20 * 1000)
 /* vCPUs, engines, and the kernel's own threads in this process. */
 #define MAX_THREADS 256
@@ -38,18 +40,28 @@ static struct {
 	uint32_t n_told;
 } stillness;
 
+/* futex(2), with not even a return address pushed: what a thread that counts as still writes to its
+ * stack can be lost. */
+static inline void wait_while_wanted(void)
+{
+	register const void *timeout __asm__("r10") = NULL;
+	long ret = SYS_futex;
+
+	__asm__ volatile("syscall"
+			 : "+a"(ret)
+			 : "D"(&stillness.is_wanted), "S"(FUTEX_WAIT_PRIVATE), "d"(1), "r"(timeout)
+			 : "rcx", "r11", "memory");
+}
+
 static void stand_still(int signal)
 {
-	int saved_errno = errno;
-
 	(void)signal;
-	if (__atomic_load_n(&stillness.is_wanted, __ATOMIC_ACQUIRE)) {
-		__atomic_fetch_add(&stillness.n_still, 1, __ATOMIC_SEQ_CST);
-		while (__atomic_load_n(&stillness.is_wanted, __ATOMIC_SEQ_CST))
-			syscall(SYS_futex, &stillness.is_wanted, FUTEX_WAIT_PRIVATE, 1, NULL);
-		__atomic_fetch_sub(&stillness.n_still, 1, __ATOMIC_RELEASE);
-	}
-	errno = saved_errno;
+	if (!__atomic_load_n(&stillness.is_wanted, __ATOMIC_ACQUIRE))
+		return;
+	__atomic_fetch_add(&stillness.n_still, 1, __ATOMIC_SEQ_CST);
+	while (__atomic_load_n(&stillness.is_wanted, __ATOMIC_SEQ_CST))
+		wait_while_wanted();
+	__atomic_fetch_sub(&stillness.n_still, 1, __ATOMIC_RELEASE);
 }
 
 int stand_still_install(void)
@@ -94,34 +106,72 @@ static bool is_kernel_worker(int task_fd, const char *tid)
 	return flags & (PF_IO_WORKER | PF_USER_WORKER);
 }
 
-/* Signal every thread that has not been told; the number of those, or -errno. */
-static int tell_all(int task_fd)
+/* Signal one thread unless it has been told; 1 told now, 0 not, or -errno. */
+static int tell(int task_fd, const char *name)
+{
+	pid_t tid = (pid_t)strtol(name, NULL, 10);
+
+	if (tid == (pid_t)syscall(SYS_gettid) || was_told(tid) || is_kernel_worker(task_fd, name))
+		return 0;
+	if (stillness.n_told == MAX_THREADS)
+		return -E2BIG;
+	if (tgkill(getpid(), tid, SIGRTMIN + 1) < 0)
+		return errno == ESRCH ? 0 : -errno; /* ESRCH: it has ended */
+	stillness.told[stillness.n_told++] = tid;
+	return 1;
+}
+
+/* Signal every thread that the directory shows; the number of those told now, or -errno. */
+static int scan(int task_fd, nlink_t *n_seen)
 {
 	_Alignas(struct dirent64) char buffer[4096];
-	pid_t self = (pid_t)syscall(SYS_gettid);
 	int n_new = 0;
 	ssize_t got;
 
+	*n_seen = 0;
 	if (lseek(task_fd, 0, SEEK_SET) < 0)
 		return -errno;
 	while ((got = getdents64(task_fd, buffer, sizeof(buffer))) > 0) {
 		for (ssize_t at = 0; at < got;) {
 			const struct dirent64 *entry = (const struct dirent64 *)(buffer + at);
-			pid_t tid = (pid_t)strtol(entry->d_name, NULL, 10);
+			int told;
 
 			at += entry->d_reclen;
-			if (tid <= 0 || tid == self || was_told(tid) ||
-			    is_kernel_worker(task_fd, entry->d_name))
+			if (entry->d_name[0] == '.')
 				continue;
-			if (stillness.n_told == MAX_THREADS)
-				return -E2BIG;
-			if (tgkill(getpid(), tid, SIGRTMIN + 1) < 0)
-				continue; /* it has ended */
-			stillness.told[stillness.n_told++] = tid;
-			n_new++;
+			told = tell(task_fd, entry->d_name);
+			if (told < 0)
+				return told;
+			n_new += told;
+			++*n_seen;
 		}
 	}
 	return got < 0 ? -errno : n_new;
+}
+
+/* As scan(), for all of them: when a thread ends meanwhile the directory may skip another one. */
+static int tell_all(int task_fd)
+{
+	struct stat before, after;
+	nlink_t n_seen;
+	int n_new = 0;
+
+	for (int i = 0; i < MAX_SCANS; i++) {
+		int n;
+
+		if (fstat(task_fd, &before) < 0)
+			return -errno;
+		n = scan(task_fd, &n_seen);
+		if (n < 0)
+			return n;
+		n_new += n;
+		if (fstat(task_fd, &after) < 0)
+			return -errno;
+		/* One link a thread, beside "." and "..". */
+		if (before.st_nlink == n_seen + 2 && after.st_nlink == n_seen + 2)
+			return n_new;
+	}
+	return -EAGAIN;
 }
 
 static uint64_t now_ns(void)

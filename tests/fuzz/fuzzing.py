@@ -18,11 +18,12 @@ from typing import Final
 
 HERE: Final = Path(__file__).resolve().parent
 CSRC: Final = HERE.parent.parent / "kvm_ffi" / "csrc"
-TARGETS: Final = ("virtqueue", "blk", "net", "uart", "exits")
+TARGETS: Final = ("virtqueue", "blk", "net", "vsock", "uart", "exits")
 CORE: Final = (
     *("guest_mem", "virtqueue", "engine", "token_bucket", "io_ring", "net_engine"),
     *("blk_file", "blk_request", "blk_stats", "blk_sync", "blk_ring", "blk_engine"),
     *("uart16550", "exit_table"),
+    *("vsock_conn", "vsock_engine", "vsock_host", "vsock_rx", "vsock_tx"),
 )
 MAX_INPUT_BYTES: Final = 2048
 
@@ -141,6 +142,41 @@ def net_seeds() -> list[bytes]:
     ]
 
 
+def vsock_seeds() -> list[bytes]:
+    """A connection from each side, with data both ways, credit, and each way to end it."""
+    receive = b"".join(desc(0x4000 + 0x100 * index, 0x100, WRITE) for index in range(8))
+    body = image((0, receive), (AVAIL, avail(*range(8))))
+    from_guest = bytes([1, 1, 7, 4, 8])  # REQUEST from port 7; the host accepts it as peer 0
+    from_host = bytes([4, 0, 4, 0x00, 7, 1, 0x42, 7, 0])  # dial, CONNECT 7, RESPONSE
+    rounds = bytes([4, 0x30, 0, 4, 4, 0x50, 32, 32])  # the host writes 1 KiB and reads
+    payload = bytes([1, 0x85, 0, 14, 7])  # RW of 24.5 KiB: 20 are too much
+    credit = bytes([1, 7, 7, 1, 0x26, 7, 0, 0, 0, 0, 0, 0, 0, 0])  # asked for, and taken away
+    ends = [
+        bytes(end)
+        for end in (
+            [4, 0xA0],
+            [4, 0x90, 1],
+            [1, 3, 7],
+            [1, 0x14, 7],
+            [8, 1, 0, 0],
+            [1, 0x34, 7, 0, 0, 1, 0, 0, 0, 0, 0, 1, 3, 7, 4, 0x50],
+        )
+    ]  # closed, then read
+    return [
+        bytes([setup])
+        + body
+        + bytes([timeout])
+        + start
+        + rounds
+        + payload * count
+        + credit
+        + end * 2
+        for setup, count in ((0, 3), (1, 15), (0, 20))
+        for timeout, start in ((1, from_guest), (1, from_host), (0, from_host))
+        for end in ends
+    ]
+
+
 def uart_seeds() -> list[bytes]:
     """A driver's first steps, output beyond the ring's end, input beyond the buffer's."""
     line, fifo, interrupts = b"\x03\x03", b"\x02\x07", b"\x01\x0f"
@@ -172,6 +208,7 @@ SEEDS: Final = {
     "virtqueue": virtqueue_seeds,
     "blk": blk_seeds,
     "net": net_seeds,
+    "vsock": vsock_seeds,
     "uart": uart_seeds,
     "exits": exits_seeds,
 }

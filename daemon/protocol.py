@@ -80,6 +80,25 @@ class NicSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class VsockSpec:
+    """A virtio-vsock device.
+
+    Attributes:
+        fds: a listening Unix socket, and the directory of those that the guest connects to.
+        socket_name: of the sockets in the directory, up to the "_".
+    """
+
+    cid: int
+    fds: tuple[int, ...]
+    socket_name: str
+
+    @classmethod
+    def decode(cls, args: dict[str, Any]) -> VsockSpec:
+        """Build the spec from JSON, which has no tuples."""
+        return cls(**{**args, "fds": tuple(args["fds"])})
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """All that a worker needs to build its machine; fd fields index the message's descriptors.
 
@@ -104,6 +123,7 @@ class MachineSpec:
     on_reboot: str
     on_panic: str
     requested_ns: int
+    vsock: VsockSpec | None = None
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""
@@ -111,6 +131,7 @@ class MachineSpec:
         spec = {name: getattr(self, name) for name in self.__slots__}
         spec["disks"] = [asdict(disk) for disk in self.disks]
         spec["nics"] = [asdict(nic) for nic in self.nics]
+        spec["vsock"] = None if self.vsock is None else asdict(self.vsock)
         return spec
 
     def with_disk_limit(self, disk_id: str, rate_limit: dict[str, int]) -> MachineSpec:
@@ -132,6 +153,8 @@ class MachineSpec:
             fields = dict(args)
             fields["disks"] = tuple(DiskSpec(**disk) for disk in fields["disks"])
             fields["nics"] = tuple(NicSpec.decode(nic) for nic in fields["nics"])
+            vsock = fields["vsock"]
+            fields["vsock"] = None if vsock is None else VsockSpec.decode(vsock)
             return cls(**fields)
         except (KeyError, TypeError) as err:
             raise ProtocolError(f"launch: {err}") from err

@@ -6,6 +6,7 @@ A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro 
 ,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES ,iops=OPERATIONS``.
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES``
 and ``,backend=auto|vhost|tap``.
+A vsock device: ``auto`` or ``unix``, then ``,cid=N`` if it is to be a certain one.
 """
 
 from __future__ import annotations
@@ -62,6 +63,18 @@ def parse_nic(text: str) -> dict[str, Any]:
             raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: {known}")
         nic[name] = _number(text, name, value) if name == "mtu" else value
     return nic
+
+
+def parse_vsock(text: str) -> dict[str, Any]:
+    """Return the fields of a VsockCreate."""
+    backend, *options = text.split(",")
+    vsock: dict[str, Any] = {"backend": backend}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name != "cid":
+            raise BadSpec(f"vsock {text!r}: unknown option {option!r}; known: cid")
+        vsock["cid"] = _number(text, name, value)
+    return vsock
 
 
 def parse_label(text: str) -> tuple[str, str]:

@@ -102,6 +102,7 @@ def show_vm(vm: Vm) -> None:
         ("cmdline", vm.cmdline),
         *((f"disk {disk.id}", f"{_size(disk.size_bytes)}  {disk.path}") for disk in vm.disks),
         *((f"nic {nic.id}", f"{nic.mac}  {nic.tap}  {_text(nic.bridge)}") for nic in vm.nics),
+        *([] if vm.vsock is None else [("vsock", f"cid {vm.vsock.cid}  {vm.vsock.path}")]),
         *((f"label {key}", value) for key, value in vm.labels.items()),
         ("pid", _text(vm.pid)),
         ("boot time", "" if vm.boot_time_us is None else f"{vm.boot_time_us / 1000:.1f} ms"),
@@ -115,7 +116,8 @@ def show_stats(stats: VmStats) -> None:
     """Print a VM's counters."""
     rows = [("memory", "rss_bytes", str(stats.memory_rss_bytes))]
     rows += [("vcpus", name, str(count)) for name, count in stats.vcpu_exits.items()]
-    for device, counters in (*stats.disks.items(), *stats.nics.items()):
+    devices = {**stats.disks, **stats.nics, "vsock": stats.vsock}
+    for device, counters in devices.items():
         rows += [(device, name, str(count)) for name, count in counters.items()]
     rows.append(("console", "dropped_bytes", str(stats.console_dropped_bytes)))
     _print_table(("DEVICE", "COUNTER", "VALUE"), rows)

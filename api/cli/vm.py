@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .specs import BadSpec, parse_disk, parse_label, parse_nic
+from .specs import BadSpec, parse_disk, parse_label, parse_nic, parse_vsock
 from .support import (
     EXIT_USAGE,
     Json,
@@ -81,6 +81,10 @@ def create(
         list[str] | None,
         typer.Option(help="ID, then ,tap= ,bridge= ,mac= ,mtu= or ,backend=. Again for more."),
     ] = None,
+    vsock: Annotated[
+        str | None,
+        typer.Option(metavar="BACKEND", help="A vsock device: auto or unix, then ,cid="),
+    ] = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE. Again for more.")] = None,
     no_rng: Annotated[bool, typer.Option("--no-rng", help="No virtio-rng device.")] = False,
     on_reboot: Annotated[str, typer.Option(help="reset or stop.")] = "reset",
@@ -106,6 +110,7 @@ def create(
     def build() -> VmCreate:
         wanted["disks"] = [parse_disk(text) for text in disk or ()]
         wanted["nics"] = [parse_nic(text) for text in nic or ()]
+        wanted["vsock"] = None if vsock is None else parse_vsock(vsock)
         wanted["labels"] = dict(parse_label(text) for text in label or ())
         return VmCreate.model_validate(wanted)
 

@@ -16,6 +16,11 @@ MIN_MEMORY_MIB = 16
 MAX_MEMORY_MIB = 1024 * 1024
 # Linux's COMMAND_LINE_SIZE on x86 is 2048 with the terminating NUL.
 MAX_CMDLINE_BYTES = 2047
+# VIRTIO 1.2, 5.10.4: 0 to 2 and 0xffffffff have a meaning of their own.
+MIN_CID = 3
+MAX_CID = 0xFFFFFFFE
+# Names that a worker gives to devices which are not the client's to name.
+_OWN_DEVICES = ("rng0", "vsock0")
 
 # The pattern keeps out NUL, newlines and what is not ASCII; Linux reads the rest as it stands.
 Cmdline = Annotated[
@@ -169,6 +174,21 @@ class NicCreate(Request):
     backend: NetBackend = "auto"
 
 
+class VsockCreate(Request):
+    """A virtio-vsock device: streams between programs of the host and of the guest."""
+
+    cid: int | None = Field(
+        default=None,
+        ge=MIN_CID,
+        le=MAX_CID,
+        description="The guest's own address, unique on this host; left out, hosteld chooses one.",
+    )
+    backend: Literal["auto", "unix"] = Field(
+        default="auto",
+        description="unix: Unix sockets of the host, one directory for each VM. auto: unix.",
+    )
+
+
 class VmCreate(Request):
     """A new VM."""
 
@@ -182,6 +202,9 @@ class VmCreate(Request):
         default_factory=list, max_length=16, description="In the order that the guest sees."
     )
     nics: list[NicCreate] = Field(default_factory=list, max_length=8)
+    vsock: VsockCreate | None = Field(
+        default=None, description="A virtio-vsock device; `{}` takes every default."
+    )
     rng: bool = Field(default=True, description="Whether the guest has a virtio-rng device.")
     on_reboot: Literal["reset", "stop"] = Field(
         default="reset", description="What a guest's own reboot does."
@@ -198,6 +221,8 @@ class VmCreate(Request):
         for device_id in [*(d.id for d in self.disks), *(n.id for n in self.nics)]:
             if device_id in seen:
                 raise ValueError(f"device id {device_id!r} is used twice")
+            if device_id in _OWN_DEVICES:
+                raise ValueError(f"device id {device_id!r} is that of a device of Hostel's own")
             seen.add(device_id)
         return self
 
@@ -267,6 +292,17 @@ class Nic(Response):
     backend: NetBackend
 
 
+class Vsock(Response):
+    """A virtio-vsock device as it is."""
+
+    cid: int
+    backend: Literal["unix"]
+    path: str = Field(
+        description="Of the Unix socket that programs of the host connect to; what the guest "
+        "connects to at port P is the socket at this path with `_P` behind it."
+    )
+
+
 class StateReason(Response):
     """Why a VM is in its state, when that is not what was asked for."""
 
@@ -294,6 +330,7 @@ class Vm(Response):
     cmdline: str
     disks: list[Disk]
     nics: list[Nic]
+    vsock: Vsock | None
     rng: bool
     on_reboot: Literal["reset", "stop"]
     on_panic: Literal["keep", "reset", "stop"]
@@ -326,6 +363,7 @@ class VmStats(Response):
     disks: dict[str, dict[str, int]]
     disk_details: dict[str, DiskDetails] = Field(default_factory=dict)
     nics: dict[str, dict[str, int]]
+    vsock: dict[str, int] = Field(default_factory=dict, description="Empty without a vsock device.")
     memory_rss_bytes: int
     console_dropped_bytes: int
 

@@ -30,7 +30,8 @@ class Layout:
     """Where everything lies.
 
     Under ``state``: hostel.db, kernels/, images/, and for each VM vms/<id>/ with console.log,
-    worker.log and disks/. Under ``runtime``: vms/<id>/ with control.sock and last_words.
+    worker.log and disks/. Under ``runtime``: vms/<id>/ with control.sock and last_words
+    while the VM has a worker, and vsock/<id>/ for as long as there is a VM with a vsock device.
     """
 
     state: Path
@@ -59,6 +60,10 @@ class Layout:
         """A VM's part of the runtime directory."""
         return self.runtime / "vms" / vm_id
 
+    def vm_vsock(self, vm_id: str) -> Path:
+        """The directory of a VM's vsock sockets, those of the operator's programs among them."""
+        return self.runtime / "vsock" / vm_id
+
 
 def prepare(layout: Layout) -> None:
     """Make both directories with all that belongs in them.
@@ -75,6 +80,7 @@ def prepare(layout: Layout) -> None:
         layout.images,
         layout.state / "vms",
         layout.runtime / "vms",
+        layout.runtime / "vsock",
     ):
         _make(path, 0o700, parents=False)
 

@@ -205,6 +205,9 @@ def _metrics(
         "How long requests took, from ring to answer, in all queues.",
         labels=["vm", "disk"],
     )
+    vsocks = CounterMetricFamily(
+        "hostel_vm_vsock", "vsock counters by name.", labels=["vm", "vsock", "counter"]
+    )
     for name, one in stats:
         for disk, details in one.disk_details.items():
             latency.add_metric([name, disk], _buckets(details), sum_value=None)
@@ -215,11 +218,12 @@ def _metrics(
         dropped.add_metric([name], one.console_dropped_bytes)
         for kind, count in one.vcpu_exits.items():
             exits.add_metric([name, kind], count)
-        for family, devices in ((disks, one.disks), (nics, one.nics)):
+        families = ((disks, one.disks), (nics, one.nics), (vsocks, {"vsock0": one.vsock}))
+        for family, devices in families:
             for device, counters in devices.items():
                 for counter, count in counters.items():
                     family.add_metric([name, device, counter], count)
-    yield from (rss, exits, dropped, disks, nics, queues, latency)
+    yield from (rss, exits, dropped, disks, nics, queues, latency, vsocks)
 
 
 def _buckets(details: DiskDetails) -> list[tuple[str, float]]:

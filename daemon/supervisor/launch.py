@@ -16,10 +16,11 @@ from typing import Final, Self
 
 from api.errors import ApiError, HostFailure, Internal
 
-from ..protocol import DiskSpec, MachineSpec, NicSpec
+from ..protocol import DiskSpec, MachineSpec, NicSpec, VsockSpec
 from .disks import open_locked
 from .records import DiskRecord, KernelRecord, VmRecord
 from .taps import open_taps, open_vhost
+from .vsock import SOCKET_NAME, open_vsock
 
 MIB: Final = 1 << 20
 
@@ -60,7 +61,7 @@ class Boot:
 async def prepare(
     record: VmRecord, boot: Boot, *, kvm_device: str, requested_ns: int, bag: FdBag
 ) -> MachineSpec:
-    """Open everything for a VM into ``bag``: KVM, kernel, initrd, disks with locks, taps.
+    """Open everything for a VM into ``bag``: KVM, kernel, initrd, disks with locks, taps, vsock.
 
     Args:
         record: the VM.
@@ -84,6 +85,10 @@ async def prepare(
         tap_fds = await _in_thread(bag, partial(open_taps, nic, index))
         vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
         nics.append(NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu))
+    vsock = None
+    if record.vsock is not None:
+        vsock_fds = await _in_thread(bag, partial(open_vsock, record.vsock))
+        vsock = VsockSpec(record.vsock.cid, vsock_fds, SOCKET_NAME)
     return MachineSpec(
         vm_id=record.id,
         vcpus=record.vcpus,
@@ -100,6 +105,7 @@ async def prepare(
         on_reboot=record.on_reboot,
         on_panic=record.on_panic,
         requested_ns=requested_ns,
+        vsock=vsock,
     )
 
 

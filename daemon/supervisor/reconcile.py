@@ -22,7 +22,7 @@ from api.errors import ApiError
 from api.models.vms import VmState
 
 from ..errors import WorkerError
-from . import lifecycle, procfs
+from . import lifecycle, procfs, vsock
 from .dirs import Layout
 from .endings import judge
 from .records import ReasonRecord, now
@@ -93,6 +93,7 @@ class Reconciler:
             *(self._end_leftover(vm_id) for vm_id in found - known),
         )
         self._sweep_strays(known)
+        self._restore_vsocks(known)
         await _note_boot(store, present)
         return self._report
 
@@ -246,6 +247,17 @@ class Reconciler:
                 log.warning("disks without VM, remove them by hand path=%s", path)
             else:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _restore_vsocks(self, known: set[str]) -> None:
+        """Make the directories of sockets that a restart of the host took; remove strays."""
+        for path in _ours(self._layout.runtime / "vsock"):
+            if path.name not in known:
+                shutil.rmtree(path, ignore_errors=True)
+        for entry in self._table:
+            try:
+                vsock.make_directory(entry.record)
+            except ApiError as err:
+                log.error("no directory for vsock vm=%s error=%s", entry.record.name, err)
 
 
 def _ours(directory: Path) -> Iterator[Path]:

@@ -59,6 +59,15 @@ class NicRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class VsockRecord:
+    """A VM's vsock device; ``path`` is that of the socket for programs of the host."""
+
+    cid: int
+    backend: Literal["unix"]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReasonRecord:
     """Why a VM is in its state."""
 
@@ -93,6 +102,7 @@ class VmRecord:
     version: int
     # How a later hosteld recognises the worker when that does not answer on its socket.
     worker: Identity | None = None
+    vsock: VsockRecord | None = None
 
     def encode(self) -> str:
         """Return the record as JSON text."""
@@ -111,6 +121,8 @@ class VmRecord:
             doc["reason"] = ReasonRecord(**reason)
         worker = doc.get("worker")  # records of before did not have it
         doc["worker"] = None if worker is None else Identity(**worker)
+        vsock = doc.get("vsock")
+        doc["vsock"] = None if vsock is None else VsockRecord(**vsock)
         doc["disks"] = tuple(DiskRecord(**disk) for disk in doc["disks"])
         doc["nics"] = tuple(NicRecord(**nic) for nic in doc["nics"])
         return cls(**doc)

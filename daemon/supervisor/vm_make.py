@@ -20,7 +20,7 @@ from api.models.common import ObjectRef
 from api.models.vms import DiskPatch, Vm, VmCreate, VmPatch, VmState
 
 from ..images.importer import clone_disk
-from . import disks, lifecycle
+from . import disks, lifecycle, vsock
 from .dirs import Layout, Reserve
 from .launch import MIB, FdBag
 from .library import Library
@@ -82,6 +82,7 @@ class VmMaker:
         held = contextlib.ExitStack()
         try:
             record = await self._planner.plan_create(wanted)
+            held.enter_context(self._table.holding_cid(record))
             held.enter_context(self._library.holding(record))
         except BaseException:
             self._table.release(wanted.name)
@@ -99,6 +100,7 @@ class VmMaker:
         job: Job,
     ) -> Vm:
         try:
+            vsock.make_directory(record)
             if job.may_cancel:
                 entry = await self._create_with_disks(record, start, request, job)
             elif start:
@@ -283,6 +285,7 @@ class VmMaker:
 
     async def _remove_files(self, record: VmRecord) -> None:
         self._pool.forget(record.id)
+        vsock.remove_directory(record)
         path = self._layout.vm_state(record.id)
         try:
             if any(disk.is_own for disk in record.disks):

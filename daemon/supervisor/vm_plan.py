@@ -17,17 +17,29 @@ from typing import Any, Final
 
 from api.errors import Conflict, Invalid
 from api.models.resources import Image
-from api.models.vms import DiskCreate, NicCreate, RateLimit, VmCreate, VmPatch, VmState
+from api.models.vms import (
+    MAX_CID,
+    DiskCreate,
+    NicCreate,
+    RateLimit,
+    VmCreate,
+    VmPatch,
+    VmState,
+    VsockCreate,
+)
 
 from . import disks, lifecycle, procfs, taps
 from .dirs import Layout
 from .launch import MIB
 from .library import Library
-from .records import Cache, DiskRecord, IoEngine, NicRecord, VmRecord, now
+from .records import Cache, DiskRecord, IoEngine, NicRecord, VmRecord, VsockRecord, now
 from .vm_table import VmEntry, VmTable
+from .vsock import SOCKET_NAME
 
 # What a patch may change in any state; the rest needs a VM at rest.
 _FREE_FIELDS: Final = frozenset({"name", "labels"})
+# CIDs that hosteld chooses start here, out of the way of those that people choose: 3, 4, 5.
+FIRST_CID: Final = 1000
 
 
 class Planner:
@@ -63,6 +75,8 @@ class Planner:
             cmdline=request.cmdline,
             disks=await self._plan_disks(vm_id, request.disks),
             nics=self._plan_nics(vm_id, request.nics),
+            # After what is awaited: the caller holds the CID before anyone else can ask for one.
+            vsock=self._plan_vsock(vm_id, request.vsock),
             rng=request.rng,
             on_reboot=request.on_reboot,
             on_panic=request.on_panic,
@@ -232,6 +246,23 @@ class Planner:
         if owner is not None:
             raise Conflict("tap_taken", f"tap {tap} belongs to VM {owner}", field=field)
         taps.check_name(tap, field)
+
+    # --- vsock
+
+    def _plan_vsock(self, vm_id: str, wanted: VsockCreate | None) -> VsockRecord | None:
+        if wanted is None:
+            return None
+        taken = self._table.cids()
+        cid = wanted.cid
+        if cid is None:
+            cid = next(cid for cid in range(FIRST_CID, MAX_CID) if cid not in taken)
+        elif cid in taken:
+            raise Conflict("cid_taken", f"cid {cid} belongs to VM {taken[cid]}", field="vsock.cid")
+        # auto is unix: it needs no module and no privilege, the socket's path names the VM, file
+        # permissions say who may talk to it, and a guest reaches what its own directory holds, and
+        # nothing else that listens on the host. And what the host's programs have to speak must
+        # not depend on which modules are loaded.
+        return VsockRecord(cid, "unix", str(self._layout.vm_vsock(vm_id) / SOCKET_NAME))
 
     def _taps(self) -> Iterator[tuple[str, str]]:
         for entry in self._table:

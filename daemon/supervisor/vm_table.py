@@ -11,6 +11,7 @@ between is found again at the next start, from the worker itself or from its las
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typing import Any, Final
 
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm
+from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm, Vsock
 from api.ports import ListQuery
 
 from . import lifecycle
@@ -103,6 +104,7 @@ class VmTable:
         self._by_id: dict[str, VmEntry] = {}
         self._by_name: dict[str, VmEntry] = {}
         self._reserved: set[str] = set()
+        self._held_cids: dict[int, str] = {}
         self._retry: asyncio.Task[None] | None = None
 
     def __iter__(self) -> Iterator[VmEntry]:
@@ -169,6 +171,24 @@ class VmTable:
     def release(self, name: str) -> None:
         """Give a reserved name back."""
         self._reserved.discard(name)
+
+    def cids(self) -> dict[int, str]:
+        """Return the CIDs that are taken, each with the name of its VM."""
+        return self._held_cids | {
+            entry.record.vsock.cid: entry.record.name for entry in self if entry.record.vsock
+        }
+
+    @contextlib.contextmanager
+    def holding_cid(self, record: VmRecord) -> Iterator[None]:
+        """Keep the CID of a VM that is being made."""
+        if record.vsock is None:
+            yield
+            return
+        self._held_cids[record.vsock.cid] = record.name
+        try:
+            yield
+        finally:
+            del self._held_cids[record.vsock.cid]
 
     # --- changes
 
@@ -299,7 +319,7 @@ def reason(code: str, message: str, detail: dict[str, Any] | None = None) -> Rea
 def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
     """Return a VM as clients see it; ``names`` maps ids of kernels and images to names."""
     record = entry.record
-    why = record.reason
+    why, vsock = record.reason, record.vsock
     return Vm(
         id=record.id,
         name=record.name,
@@ -337,6 +357,9 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
             )
             for nic in record.nics
         ],
+        vsock=None
+        if vsock is None
+        else Vsock(cid=vsock.cid, backend=vsock.backend, path=vsock.path),
         rng=record.rng,
         on_reboot=record.on_reboot,
         on_panic=record.on_panic,

@@ -29,15 +29,15 @@ MAX_SOCKET_PATH: Final = 107
 
 
 @contextlib.contextmanager
-def _short_path(directory: Path) -> Iterator[str]:
-    """Yield a name of control.sock that fits sockaddr_un however deep it lies."""
-    path = f"{directory}/control.sock"
+def short_path(directory: Path, name: str = "control.sock") -> Iterator[str]:
+    """Yield a name of a socket that fits sockaddr_un however deep it lies."""
+    path = f"{directory}/{name}"
     if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
         yield path
         return
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/control.sock"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 
@@ -52,7 +52,7 @@ def listen(runtime: Path) -> socket.socket:
         os.unlink(f"{runtime}/control.sock")  # noqa: PTH108 - see open_logs()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
-        with _short_path(runtime) as path:
+        with short_path(runtime) as path:
             sock.bind(path)
         sock.listen(LISTEN_BACKLOG)
     except OSError:
@@ -70,7 +70,7 @@ def connect(runtime: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     sock.setblocking(False)
     try:
-        with _short_path(runtime) as path:
+        with short_path(runtime) as path:
             sock.connect(path)
     except OSError:
         sock.close()

@@ -30,6 +30,7 @@ from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
 from devices.virtio.rng import VirtioRng
+from devices.virtio.vsock import VirtioVsock
 from kvm_ffi import exits, x86_64
 from kvm_ffi.blk_engine import SECTOR_BYTES, IoEngine
 from kvm_ffi.errors import KvmError
@@ -43,7 +44,7 @@ from kvm_ffi.vcpu import Vcpu
 
 from .. import protocol
 from ..errors import ProtocolError, WorkerError
-from ..protocol import DiskSpec, MachineSpec, NicSpec
+from ..protocol import DiskSpec, MachineSpec, NicSpec, VsockSpec
 from . import boot, layout
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
@@ -312,6 +313,8 @@ class Machine:
         for device_id, device in self._virtio.items():
             if kind := of.get(type(device)):
                 stats[kind][device_id] = device.stats()
+            elif isinstance(device, VirtioVsock):
+                stats["vsock"] = device.stats()
         stats["console_dropped_bytes"] = self.serial.stats()["dropped_bytes"]
         return stats
 
@@ -369,6 +372,9 @@ def _virtio_devices(
         yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],)
     for nic in spec.nics:
         yield partial(_make_nic, nic), tuple(fds[i] for i in (*nic.tap_fds, *nic.vhost_fds))
+    if spec.vsock is not None:
+        vsock = spec.vsock
+        yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds)
     if spec.rng:
         yield lambda _: VirtioRng(), ()
 
@@ -393,6 +399,10 @@ def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
     return VirtioNet(
         nic.id, fds[:n_pairs], vhost_fds=fds[n_pairs:], path=nic.id, mac=mac, mtu=nic.mtu
     )
+
+
+def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
+    return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
 
 
 def _make_with_copies(make: _DeviceMaker, fds: tuple[int, ...]) -> VirtioDevice:

@@ -17,6 +17,7 @@ PCI_SUBSYSTEM_ID_BASE: Final = 0x1100  # 4.1.2.1: 0x40 or higher
 VIRTIO_ID_NET: Final = 1
 VIRTIO_ID_BLOCK: Final = 2
 VIRTIO_ID_RNG: Final = 4
+VIRTIO_ID_VSOCK: Final = 19
 
 # 2.1 Device Status Field.
 STATUS_ACKNOWLEDGE: Final = 0x01

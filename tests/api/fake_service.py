@@ -35,6 +35,7 @@ from api.models.vms import (
     VmPatch,
     VmState,
     VmStats,
+    Vsock,
 )
 from api.ports import Call, ConsoleChunk, ListQuery, StoredReply
 
@@ -211,12 +212,17 @@ class FakeService:
                 )
                 for nic in request.nics
             ],
+            vsock=None
+            if request.vsock is None
+            else Vsock(
+                cid=request.vsock.cid or 1000, backend="unix", path="/run/hostel/vsock/1/v.sock"
+            ),
             pid=1 if request.start else None,
             boot_time_us=None,
             created_at=EPOCH,
             started_at=EPOCH if request.start else None,
             version=1,
-            **request.model_dump(exclude={"disks", "nics", "start"}),
+            **request.model_dump(exclude={"disks", "nics", "vsock", "start"}),
         )
         self.vms[vm.id] = vm
         self.consoles[vm.id], self.typed[vm.id] = bytearray(), bytearray()

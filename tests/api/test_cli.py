@@ -62,6 +62,17 @@ def test_create_of_the_manual_makes_a_running_vm(cli: Cli) -> None:
     assert vm.nics[0].id == "net0"
 
 
+def test_a_vsock_device_is_asked_for_and_shown(cli: Cli) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian", "--vsock", "unix,cid=7")
+    assert cli.json("vm", "show", "web-1")["vsock"]["cid"] == 7
+    assert "cid 7  /run/hostel/vsock/1/v.sock" in cli.run("vm", "show", "web-1").stdout
+
+
+@pytest.mark.parametrize("vsock", ["unix,port=7", "tcp", "unix,cid=2", "unix,cid=x"])
+def test_a_vsock_device_that_cannot_be_is_a_usage_error(cli: Cli, vsock: str) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian", "--vsock", vsock, code=2)
+
+
 def test_vm_is_changed_by_set(cli: Cli) -> None:
     cli.run("vm", "create", "web-1", "--kernel", "debian", "--label", "old=1")
     words = ("--vcpus", "2", "--memory", "64", "--cmdline", "quiet", "--label", "env=prod")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from daemon import protocol
 from daemon.errors import ProtocolError
-from daemon.protocol import DiskSpec, MachineSpec, NicSpec, Status
+from daemon.protocol import DiskSpec, MachineSpec, NicSpec, Status, VsockSpec
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -36,6 +36,7 @@ SPEC = MachineSpec(
     on_reboot="reset",
     on_panic="keep",
     requested_ns=1,
+    vsock=VsockSpec(1000, (4, 5), "v.sock"),
 )
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -13,7 +14,7 @@ from api.errors import ApiError, Conflict, Invalid, NotFound
 from api.models.vms import DiskPatch, RateLimit, VmAction, VmPatch, VmState
 from daemon.supervisor import disks
 from daemon.supervisor.service import Supervisor
-from daemon.supervisor.vm_plan import derive_mac
+from daemon.supervisor.vm_plan import FIRST_CID, derive_mac
 from tests.support.supervisor import CALL, Harness
 
 
@@ -101,6 +102,44 @@ def test_a_tap_belongs_to_one_vm(harness: Harness) -> None:
         error = await refused(harness, nics=[{"id": "n", "tap": "hosteltest0"}])
         assert (error.status, error.code) == (409, "tap_taken")
         assert "belongs to VM a" in error.detail
+
+    harness.run(scenario)
+
+
+def test_every_vm_gets_a_cid_of_its_own(harness: Harness) -> None:
+    async def scenario(_: Supervisor) -> None:
+        first = await harness.create("a", vsock={})
+        second = await harness.create("b", vsock={"backend": "unix"})
+        third = await harness.create("c", vsock={"cid": 3})
+        assert (await harness.create("d")).vsock is None
+        cids = [vm.vsock.cid for vm in (first, second, third) if vm.vsock is not None]
+        assert cids == [FIRST_CID, FIRST_CID + 1, 3]
+        await harness.supervisor.delete_vm("a", False, CALL)
+        again = await harness.create("e", vsock={})
+        assert again.vsock is not None
+        assert again.vsock.cid == FIRST_CID
+
+    harness.run(scenario)
+
+
+def test_a_cid_belongs_to_one_vm(harness: Harness) -> None:
+    async def scenario(_: Supervisor) -> None:
+        await harness.create("a", vsock={"cid": 77})
+        error = await refused(harness, vsock={"cid": 77})
+        assert (error.status, error.code, error.field) == (409, "cid_taken", "vsock.cid")
+        assert "belongs to VM a" in error.detail
+
+    harness.run(scenario)
+
+
+def test_a_cid_belongs_to_one_of_two_that_are_made_at_once(harness: Harness) -> None:
+    async def scenario(_: Supervisor) -> None:
+        await harness.create("first")
+        made = await asyncio.gather(
+            *(harness.start(name, vsock={"cid": 77}) for name in ("a", "b")),
+            return_exceptions=True,
+        )
+        assert sorted(isinstance(one, Conflict) for one in made) == [False, True]
 
     harness.run(scenario)
 

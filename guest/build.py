@@ -132,13 +132,16 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 def _fill(out: Path, scratch: Path, sources: Sources, stamp: str) -> dict[str, Any]:
     timer, load = _compile("init.c", scratch), _compile("blkload.c", scratch)
+    vsock = _compile("vsock.c", scratch)
     busybox = sources.busybox.read_bytes()
     shutil.copyfile(sources.kernel.vmlinuz, out / "vmlinuz")
     initrd = _initrd(sources.kernel, busybox, timer)
     (out / "initrd.img").write_bytes(initrd)
     (out / "initrd-min.img").write_bytes(_initrd_min(timer))
     (out / "initrd-load.img").write_bytes(_initrd_load(sources.kernel, load))
-    _make_disk(out / "disk.raw", scratch / "root", sources.kernel, busybox)
+    _make_disk(
+        out / "disk.raw", scratch / "root", sources.kernel, {"busybox": busybox, "vsock": vsock}
+    )
     manifest: dict[str, Any] = {
         "stamp": stamp,
         "kernel": {
@@ -201,12 +204,13 @@ def _initrd_min(timer: bytes) -> bytes:
     return archive.to_bytes()
 
 
-def _make_disk(disk: Path, root: Path, kernel: KernelTree, busybox: bytes) -> None:
+def _make_disk(disk: Path, root: Path, kernel: KernelTree, programs: dict[str, bytes]) -> None:
     shutil.copytree(HERE / "root", root)
     for name in ("bin", "sbin", "usr/bin", "usr/sbin", "proc", "sys", "dev", "run", "tmp", "root"):
         (root / name).mkdir(parents=True, exist_ok=True)
-    (root / "bin/busybox").write_bytes(busybox)
-    (root / "bin/busybox").chmod(0o755)
+    for name, program in programs.items():
+        (root / "bin" / name).write_bytes(program)
+        (root / "bin" / name).chmod(0o755)
     for applet in tools.run(["busybox", "--list-full"], what="listing busybox").split():
         link = root / applet
         if not link.exists():

@@ -15,6 +15,8 @@ import struct
 from typing import Final
 
 LOCAL0: Final = b"\x60"
+ARG0: Final = b"\x68"
+ARG1: Final = b"\x69"
 ZERO: Final = b"\x00"
 
 _SEGMENT_LENGTH: Final = 4
@@ -177,9 +179,14 @@ def if_(condition: bytes, *terms: bytes) -> bytes:
     return b"\xa0" + pkg_length(len(body)) + body
 
 
-def notify(target: str, value: int) -> bytes:
+def notify(target: str, value: bytes) -> bytes:
     """Notify (target, value)."""
-    return b"\x86" + path(target) + integer(value)
+    return b"\x86" + path(target) + value
+
+
+def call(method_path: str, *args: bytes) -> bytes:
+    """Call a method; the guest knows the number of its arguments from its definition."""
+    return path(method_path) + b"".join(args)
 
 
 def resource_template(*descriptors: bytes) -> bytes:

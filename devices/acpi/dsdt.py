@@ -2,11 +2,13 @@
 # Copyright the Hostel authors
 r"""The DSDT: which devices there are and how the guest powers off.
 
-Source: ACPI 6.4, sections 5.6.9 (GED), 6.1 (device identification), 7.4.2 (\_Sx objects).
+Source: ACPI 6.4, sections 5.6.9 (GED), 6.1 (device identification), 6.3 (insertion and removal),
+7.4.2 (\_Sx objects).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
 from devices.legacy.cmos_rtc import INDEX_PORT
@@ -16,12 +18,16 @@ from devices.legacy.serial import COM1_PORT
 
 from . import aml
 from .config import AcpiConfig
+from .pci_hotplug import FIRST_SLOT, LAST_SLOT, PCI_HOTPLUG_LENGTH, PCI_HOTPLUG_PORT
 from .power import GED_PORT, SLEEP_TYPE_S5, GedEvent
 
 PCI_CONFIG_PORT: Final = 0xCF8
 PCI_CONFIG_LENGTH: Final = 8
+NOTIFY_DEVICE_CHECK: Final = 1
+NOTIFY_EJECT_REQUEST: Final = 3
 NOTIFY_BUTTON_PRESSED: Final = 0x80
 POWER_BUTTON_PATH: Final = "\\_SB.PWRB"
+NOTIFY_SLOTS_PATH: Final = "\\_SB.PCI0.PCNT"
 
 
 def build_dsdt_body(config: AcpiConfig) -> bytes:
@@ -67,7 +73,46 @@ def _pci_host_bridge(config: AcpiConfig) -> bytes:
         aml.name("_BBN", aml.ZERO),
         aml.name("_UID", aml.ZERO),
         aml.name("_CRS", aml.resource_template(*resources)),
+        _hotplug_slots(),
     )
+
+
+@functools.cache
+def _hotplug_slots() -> bytes:
+    """Return every slot as a device that may come and go, and the method that tells of it.
+
+    Kept: it is the same for every machine, and the largest part of the DSDT.
+    """
+    slots = range(FIRST_SLOT, LAST_SLOT + 1)
+    registers = {"PCIU": 32, "PCID": 32, "B0EJ": 32}
+    terms = [
+        aml.operation_region(
+            "PHPR", aml.AddressSpace.SYSTEM_IO, PCI_HOTPLUG_PORT, PCI_HOTPLUG_LENGTH
+        ),
+        aml.field("PHPR", aml.FieldAccess.DWORD, registers),
+        *(
+            aml.device(
+                f"S{slot:02}",
+                aml.name("_ADR", aml.integer(slot << 16)),
+                aml.name("_SUN", aml.integer(slot)),
+                aml.method("_EJ0", 1, aml.store(aml.integer(1 << slot), aml.path("B0EJ"))),
+            )
+            for slot in slots
+        ),
+        # PCNT (mask, value): notify each slot of a mask.
+        aml.method(
+            "PCNT",
+            2,
+            *(
+                aml.if_(
+                    aml.bit_and(aml.ARG0, aml.integer(1 << slot)),
+                    aml.notify(f"S{slot:02}", aml.ARG1),
+                )
+                for slot in slots
+            ),
+        ),
+    ]
+    return b"".join(terms)
 
 
 def _ecam_reservation(config: AcpiConfig) -> bytes:
@@ -93,6 +138,8 @@ def _power_button() -> bytes:
 
 def _event_device(config: AcpiConfig) -> bytes:
     is_pressed = aml.bit_and(aml.LOCAL0, aml.integer(GedEvent.POWER_BUTTON))
+    is_plugged = aml.bit_and(aml.LOCAL0, aml.integer(GedEvent.PCI_HOTPLUG))
+    changed, leaving = aml.path("\\_SB.PCI0.PCIU"), aml.path("\\_SB.PCI0.PCID")
     return aml.device(
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
@@ -104,7 +151,12 @@ def _event_device(config: AcpiConfig) -> bytes:
             "_EVT",
             1,
             aml.store(aml.path("ESEL"), aml.LOCAL0),
-            aml.if_(is_pressed, aml.notify(POWER_BUTTON_PATH, NOTIFY_BUTTON_PRESSED)),
+            aml.if_(is_pressed, aml.notify(POWER_BUTTON_PATH, aml.integer(NOTIFY_BUTTON_PRESSED))),
+            aml.if_(
+                is_plugged,
+                aml.call(NOTIFY_SLOTS_PATH, changed, aml.integer(NOTIFY_DEVICE_CHECK)),
+                aml.call(NOTIFY_SLOTS_PATH, leaving, aml.integer(NOTIFY_EJECT_REQUEST)),
+            ),
         ),
     )
 

@@ -33,6 +33,7 @@ class GedEvent(enum.IntFlag):
     """Bits of the event register; the DSDT's _EVT method tells them apart."""
 
     POWER_BUTTON = 1
+    PCI_HOTPLUG = 2
 
 
 class PowerControl:

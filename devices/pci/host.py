@@ -77,6 +77,11 @@ class PciHost:
                 self._config_store.pci_trap_reads(slot, *function.trapped_reads)
             return slot
 
+    def is_free(self, slot: int) -> bool:
+        """Whether a function can be attached to ``slot``."""
+        with self._lock:
+            return slot not in self._functions
+
     def detach(self, slot: int) -> PciFunction:
         """Take a function out of its slot.
 

@@ -153,6 +153,12 @@ def test_iasl_reads_the_tables_and_compiles_the_dsdt_again(tmp_path: Path) -> No
     for hardware_id in ("PNP0A08", "PNP0C02", "PNP0501", "PNP0B00", "PNP0303", "ACPI0013"):
         assert hardware_id in texts[b"DSDT"]
     assert r"Notify (\_SB.PWRB, 0x80)" in texts[b"DSDT"]
+    # Every slot but the host bridge's can be notified, and ejects itself and no other.
+    for slot in range(1, 32):
+        device = texts[b"DSDT"].split(f"Device (S{slot:02})")[1].split("Device (")[0]
+        assert f"Name (_ADR, 0x{slot << 16:08X})" in device
+        assert re.search(rf"B0EJ = 0x0*{1 << slot:X}\b", device)
+        assert f"Notify (S{slot:02}, Arg1)" in texts[b"DSDT"]
     result = subprocess.run(
         ["iasl", "DSDT.dsl"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )
@@ -171,3 +177,39 @@ def test_iasl_finds_no_device_that_was_left_out(tmp_path: Path) -> None:
     dsdt = _disassemble(build_tables(bare), tmp_path)[b"DSDT"]
     for text in ("PNP0501", "PNP0B00", "PNP0303", "QEMU0001", "QWordMemory"):
         assert text not in dsdt
+
+
+def _execute(folder: Path, command: str, fill: int) -> str:
+    """Have ACPICA, which is the interpreter of Linux, run a method; ``fill`` fills all ports."""
+    acpiexec = shutil.which("acpiexec")
+    if acpiexec is None:
+        pytest.skip("acpiexec is not installed (package acpica-tools)")
+    table = folder / "DSDT.aml"
+    table.write_bytes(Parsed(build_tables(CONFIG)).dsdt)
+    argv = [acpiexec, "-fv", hex(fill), "-b", command, str(table)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    assert "Exception" not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_guest_notifies_the_slots_that_have_changed_and_those_to_be_emptied(
+    tmp_path: Path,
+) -> None:
+    # The event register says hotplug, and each mask has bits 1, 9, 17 and 25.
+    told = _execute(tmp_path, r"execute \_SB.GED._EVT 5", fill=2)
+    notified = re.findall(r"Notify on \[(\w+)\].*Value (0x\w+)", told)
+    # Each notification has a thread of its own, so their order says nothing.
+    expected = [
+        (slot, value) for slot in ("S01_", "S09_", "S17_", "S25_") for value in ("0x01", "0x03")
+    ]
+    assert sorted(notified) == expected
+
+
+def test_a_guest_presses_the_power_button_and_notifies_no_slot(tmp_path: Path) -> None:
+    told = _execute(tmp_path, r"execute \_SB.GED._EVT 5", fill=1)
+    assert re.findall(r"Notify on \[(\w+)\]", told) == ["PWRB"]
+
+
+def test_a_slot_is_ejected_by_its_own_bit(tmp_path: Path) -> None:
+    told = _execute(tmp_path, r"execute \_SB.PCI0.S05._EJ0 1;execute \_SB.PCI0.B0EJ", fill=0)
+    assert re.search(r"\[Integer\] = 0*20\b", told)

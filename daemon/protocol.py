@@ -17,6 +17,11 @@ hosteld asks a worker, over its own listening socket (so that a later hosteld fi
     launch        MachineSpec, fds as the spec indexes them -> Status
     status        -> Status
     pause, resume, reset, power_button, ctrl_alt_del -> Status
+    attach        {"first_fd": Status.next_fd, "disks": [DiskSpec], "nics": [NicSpec]}, fds as the
+                  specs index them, from first_fd on -> Status
+    detach        {"device": id, "force": bool} -> Status; without force the guest is asked, and a
+                  later Status without the device tells that it has let go
+    keep          {"device": id} takes a detach back -> Status, which tells who was faster
     resize_disk   {"disk": id} after the file has changed -> {"size_bytes"}
     limit_disk    {"disk": id, "rate_limit": as in DiskSpec} -> {}
     console_write {"data": base64} -> {"taken": n}
@@ -30,6 +35,7 @@ from __future__ import annotations
 import array
 import json
 import socket
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -39,6 +45,11 @@ from .errors import ProtocolError
 MAX_FDS: Final = 253
 # A launch with 16 disks and 8 NICs is under 8 KiB; console input comes in pieces of 32 KiB.
 MAX_MESSAGE_BYTES: Final = 128 * 1024
+# The PCI slots of disks and of network interfaces, as many as a VM may have of each; what else
+# there is takes the rest.
+DISK_SLOTS: Final = range(1, 17)
+NIC_SLOTS: Final = range(17, 25)
+OTHER_SLOTS: Final = range(25, 32)
 _RECEIVE_FLAGS: Final = socket.MSG_CMSG_CLOEXEC
 
 
@@ -48,6 +59,7 @@ class DiskSpec:
 
     Attributes:
         rate_limit: fields of kvm_ffi.rate_limiter.RateLimit; what is missing is no limit.
+        slot: of DISK_SLOTS; None for the first free one.
     """
 
     id: str
@@ -55,6 +67,7 @@ class DiskSpec:
     read_only: bool
     io_engine: str = "auto"
     rate_limit: dict[str, int] = field(default_factory=dict)
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,7 @@ class NicSpec:
     Attributes:
         tap_fds: a tap opened with IFF_VNET_HDR.
         vhost_fds: /dev/vhost-net for each of these, or empty: the worker moves packets itself.
+        slot: of NIC_SLOTS; None for the first free one.
     """
 
     id: str
@@ -71,6 +85,7 @@ class NicSpec:
     vhost_fds: tuple[int, ...]
     mac: str
     mtu: int | None
+    slot: int | None = None
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> NicSpec:
@@ -159,6 +174,28 @@ class MachineSpec:
         except (KeyError, TypeError) as err:
             raise ProtocolError(f"launch: {err}") from err
 
+    def part(self, args: dict[str, Any]) -> MachineSpec:
+        """Return a spec of the same machine that has the devices of an attach, and no others.
+
+        Raises:
+            ProtocolError: as decode().
+        """
+        fresh = {"disks": args.get("disks", []), "nics": args.get("nics", [])}
+        return self.decode({**self.encode(), **fresh, "vsock": None, "rng": False})
+
+    def joined(self, part: MachineSpec) -> MachineSpec:
+        """Return the spec with the devices of a part as its last ones."""
+        disks, nics = (*self.disks, *part.disks), (*self.nics, *part.nics)
+        return replace(self, disks=disks, nics=nics)
+
+    def without(self, ids: Collection[str]) -> MachineSpec:
+        """Return the spec without some disks and network interfaces."""
+        return replace(
+            self,
+            disks=tuple(disk for disk in self.disks if disk.id not in ids),
+            nics=tuple(nic for nic in self.nics if nic.id not in ids),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Status:
@@ -170,6 +207,9 @@ class Status:
         reason: {"code", "message", "detail"} where the state is not what hosteld asked for.
         boot_time_us: from MachineSpec.requested_ns to the guest's boot-timer write.
         resets: how often the machine has been built anew.
+        devices: ids of the disks and network interfaces that the guest has; None from a worker
+            that cannot change them.
+        next_fd: the index of the next descriptor that an attach brings.
     """
 
     state: str
@@ -178,6 +218,8 @@ class Status:
     reason: dict[str, Any] | None = None
     boot_time_us: int | None = None
     resets: int = 0
+    devices: tuple[str, ...] | None = None
+    next_fd: int = 0
 
     def encode(self) -> dict[str, Any]:
         """Return the status as JSON."""
@@ -201,6 +243,12 @@ class Status:
         if is_sound and reason is not None:
             shapes = {"code": str, "message": str, "detail": dict}
             is_sound = all(isinstance(reason.get(name), kind) for name, kind in shapes.items())
+        devices = data.get("devices")
+        is_sound = is_sound and isinstance(data.get("next_fd", 0), int)
+        is_sound = is_sound and isinstance(devices, list | tuple | None)
+        if is_sound and devices is not None:
+            is_sound = all(isinstance(name, str) for name in devices)
+            data = {**data, "devices": tuple(devices)}
         if not is_sound:
             raise ProtocolError("status: a field is missing or has the wrong type")
         try:

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -42,13 +42,22 @@ from kvm_ffi.system import HostFacts, Kvm
 from kvm_ffi.types import Gpa
 from kvm_ffi.vcpu import Vcpu
 
-from .. import protocol
 from ..errors import ProtocolError, WorkerError
-from ..protocol import DiskSpec, MachineSpec, NicSpec, VsockSpec
+from ..protocol import (
+    DISK_SLOTS,
+    NIC_SLOTS,
+    OTHER_SLOTS,
+    DiskSpec,
+    MachineSpec,
+    NicSpec,
+    VsockSpec,
+)
 from . import boot, layout
+from .slots import VirtioSlots
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
 _generations = itertools.count(1)
+_RELEASED: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +67,8 @@ class MachineEvent:
     Attributes:
         generation: of the Machine it comes from; a reset makes a new one.
         code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
-            "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error".
+            "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error"; or "ejected", and
+            then collect_ejected() has something to do.
         at_ns: CLOCK_MONOTONIC.
     """
 
@@ -73,7 +83,10 @@ class MachineFds:
     """The descriptors that a launch brought; they outlive a reset of the machine."""
 
     def __init__(self, fds: tuple[int, ...]) -> None:
-        self._fds = fds
+        self._fds = list(fds)
+
+    def __len__(self) -> int:
+        return len(self._fds)
 
     def __getitem__(self, index: int) -> int:
         """Return a descriptor by the index that a spec names.
@@ -81,14 +94,24 @@ class MachineFds:
         Raises:
             ProtocolError: the spec names one that the message did not bring.
         """
-        if not 0 <= index < len(self._fds):
+        if not 0 <= index < len(self._fds) or self._fds[index] == _RELEASED:
             raise ProtocolError(f"the spec names descriptor {index} of {len(self._fds)}")
         return self._fds[index]
 
+    def extend(self, fds: tuple[int, ...]) -> None:
+        """Take over the descriptors of a device that is attached."""
+        self._fds.extend(fds)
+
+    def release(self, fds: tuple[int, ...]) -> None:
+        """Close those of a device that is detached; indexes stay what they are."""
+        for fd in fds:
+            self._fds[self._fds.index(fd)] = _RELEASED
+            os.close(fd)
+
     def close(self) -> None:
         """Close them all."""
-        protocol.close_all(self._fds)
-        self._fds = ()
+        self.release(tuple(fd for fd in self._fds if fd != _RELEASED))
+        self._fds.clear()
 
 
 class Machine:
@@ -115,7 +138,6 @@ class Machine:
     ) -> None:
         self.generation = next(_generations)
         self._post = post
-        self._virtio: dict[str, VirtioDevice] = {}
         with contextlib.ExitStack() as stack:
             self._build(spec, fds, facts, stack)
             self._stack = stack.pop_all()
@@ -201,23 +223,18 @@ class Machine:
         self._pci = PciHost(self._table, self._mmio, acpi.pci_window_32, acpi.pci_window_64)
         router = IrqRouter(self._vm)
         has_wildcard = self._vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH")
-        for make, device_fds in _virtio_devices(spec, fds):
-            device = _make_with_copies(make, device_fds)
-            try:
-                transport = VirtioPci(
-                    device,
-                    vm=self._vm,
-                    router=router,
-                    memory=self._memory,
-                    event_loop=self.event_loop,
-                    notify_length=0 if has_wildcard else 2,
-                )
-            except BaseException:
-                device.close()
-                raise
-            stack.callback(transport.close)
-            self._pci.attach(transport)
-            self._virtio[device.name] = device
+        wrap = partial(
+            VirtioPci,
+            vm=self._vm,
+            router=router,
+            memory=self._memory,
+            event_loop=self.event_loop,
+            notify_length=0 if has_wildcard else 2,
+        )
+        self._virtio = VirtioSlots(self._pci, self._ged, self._pio, wrap, self._on_ejected)
+        stack.callback(self._virtio.close)
+        for make, device_fds, slots in _virtio_devices(spec, fds):
+            self._virtio.add(_make_with_copies(make, device_fds), slots, device_fds)
 
     def _create_vcpus(
         self, kvm: Kvm, spec: MachineSpec, state: boot.BootState, stack: contextlib.ExitStack
@@ -247,7 +264,7 @@ class Machine:
         """
         try:
             self._vcpus.park()
-            for device in self._virtio.values():
+            for device in self._virtio:
                 device.quiesce()
         except TimeoutError:
             self.resume()
@@ -255,7 +272,7 @@ class Machine:
 
     def resume(self) -> None:
         """Let devices and vCPUs go on."""
-        for device in self._virtio.values():
+        for device in self._virtio:
             device.resume()
         self._vcpus.run_after_pause()
 
@@ -301,18 +318,61 @@ class Machine:
             raise WorkerError("no_such_disk", f"the VM has no disk {disk_id!r}")
         return device
 
+    def attach(self, spec: MachineSpec, fds: MachineFds) -> None:
+        """Add the disks and network interfaces of a spec, and tell the guest; all or none.
+
+        Raises:
+            HostError, OSError, ValueError: the host cannot, or there is no slot for them.
+        """
+        added: list[str] = []
+        try:
+            for make, device_fds, slots in _virtio_devices(spec, fds):
+                device = _make_with_copies(make, device_fds)
+                self._virtio.add(device, slots, device_fds)
+                added.append(device.name)
+        except BaseException:
+            for name in added:
+                self._virtio.pull(name)
+            raise
+        for name in added:
+            self._virtio.tell_added(name)
+
+    def ask_to_eject(self, device_id: str) -> None:
+        """Ask the guest to let go of a device.
+
+        Raises:
+            WorkerError: there is none.
+        """
+        self._virtio.ask_to_eject(device_id)
+
+    def keep(self, device_id: str) -> None:
+        """Take ask_to_eject() back, where it is not too late."""
+        self._virtio.keep(device_id)
+
+    def pull(self, device_id: str) -> tuple[int, ...]:
+        """Take a device out without asking; return the descriptors that it had copies of.
+
+        Raises:
+            WorkerError: there is none.
+        """
+        return self._virtio.pull(device_id)
+
+    def collect_ejected(self) -> dict[str, tuple[int, ...]]:
+        """Close what the guest has let go of; return ids, and descriptors as pull() does."""
+        return self._virtio.collect()
+
     def stats(self) -> dict[str, Any]:
         """Return counters as api/models/vms.py's VmStats has them."""
         of = {VirtioBlk: "disks", VirtioNet: "nics"}
         stats: dict[str, Any] = {"vcpu_exits": self._table.counters(), "disks": {}, "nics": {}}
         stats["disk_details"] = {
-            device_id: device.details()
-            for device_id, device in self._virtio.items()
+            device.name: device.details()
+            for device in self._virtio
             if isinstance(device, VirtioBlk)
         }
-        for device_id, device in self._virtio.items():
+        for device in self._virtio:
             if kind := of.get(type(device)):
-                stats[kind][device_id] = device.stats()
+                stats[kind][device.name] = device.stats()
             elif isinstance(device, VirtioVsock):
                 stats["vsock"] = device.stats()
         stats["console_dropped_bytes"] = self.serial.stats()["dropped_bytes"]
@@ -333,6 +393,9 @@ class Machine:
     def _on_guest_reboot(self) -> None:
         self._vcpus.request_park()
         self._report("guest_reboot", "the guest reset itself")
+
+    def _on_ejected(self) -> None:
+        self._report("ejected", "the guest let go of a device")
 
     def _on_guest_panic(self, event: PanicEvent) -> None:
         self._report("guest_panic", f"the guest reported a panic: {event.name}")
@@ -366,17 +429,23 @@ _DeviceMaker = Callable[[list[int]], VirtioDevice]
 
 def _virtio_devices(
     spec: MachineSpec, fds: MachineFds
-) -> Iterator[tuple[_DeviceMaker, tuple[int, ...]]]:
-    """Yield how to make each device, and the descriptors behind it, in slot order."""
+) -> Iterator[tuple[_DeviceMaker, tuple[int, ...], Sequence[int]]]:
+    """Yield how to make each device, the descriptors behind it, and where it may go."""
     for disk in spec.disks:
-        yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],)
+        yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],), _slots(disk.slot, DISK_SLOTS)
     for nic in spec.nics:
-        yield partial(_make_nic, nic), tuple(fds[i] for i in (*nic.tap_fds, *nic.vhost_fds))
+        nic_fds = tuple(fds[index] for index in (*nic.tap_fds, *nic.vhost_fds))
+        yield partial(_make_nic, nic), nic_fds, _slots(nic.slot, NIC_SLOTS)
     if spec.vsock is not None:
         vsock = spec.vsock
-        yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds)
+        yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
     if spec.rng:
-        yield lambda _: VirtioRng(), ()
+        # A name that no client can give to a device of its own.
+        yield lambda _: VirtioRng("rng_0"), (), OTHER_SLOTS
+
+
+def _slots(wanted: int | None, free: range) -> Sequence[int]:
+    return free if wanted is None else (wanted,)
 
 
 def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:

@@ -133,6 +133,8 @@ class Worker:
             "ctrl_alt_del": self._on_ctrl_alt_del,
             "resize_disk": self._on_resize_disk,
             "limit_disk": self._on_limit_disk,
+            "detach": self._on_detach,
+            "keep": self._on_keep,
             "console_write": self._on_console_write,
             "stats": self._on_stats,
             "quit": self._on_quit,
@@ -186,6 +188,8 @@ class Worker:
         """
         if op == "launch":
             return self._on_launch(args, fds)
+        if op == "attach":
+            return self._on_attach(args, fds)
         protocol.close_all(fds)
         handler = self._requests.get(op)
         if handler is None:
@@ -205,6 +209,7 @@ class Worker:
             if isinstance(err, HostError | ImageError | OSError | ValueError):
                 raise WorkerError("launch_failed", str(err)) from err
             raise
+        self._note_devices()
         self._set_state("running")
         return self._status.encode()
 
@@ -254,6 +259,58 @@ class Worker:
         self._spec = self._spec.with_disk_limit(disk_id, limits)
         return {}
 
+    def _on_attach(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        try:
+            machine = self._need("running")
+            assert self._spec is not None
+            assert self._fds is not None
+            if args.get("first_fd") != len(self._fds):
+                raise WorkerError("changed_meanwhile", "another device came first: try again")
+            part = self._spec.part(args)
+        except BaseException:
+            protocol.close_all(fds)
+            raise
+        self._fds.extend(fds)
+        try:
+            machine.attach(part, self._fds)
+        except BaseException as err:
+            self._fds.release(fds)
+            if isinstance(err, HostError | OSError | ValueError):
+                raise WorkerError("attach_failed", str(err)) from err
+            raise
+        self._spec = self._spec.joined(part)
+        self._note_devices()
+        self._tell()  # also for a hosteld that has given up on the reply
+        return self._status.encode()
+
+    def _on_detach(self, args: dict[str, Any]) -> dict[str, Any]:
+        machine, device_id = self._need("running"), str(args.get("device"))
+        if args.get("force"):
+            self._forget_devices({device_id: machine.pull(device_id)})
+        else:
+            machine.ask_to_eject(device_id)
+        return self._status.encode()
+
+    def _on_keep(self, args: dict[str, Any]) -> dict[str, Any]:
+        machine = self._need("running", "paused", "crashed")
+        machine.keep(str(args.get("device")))
+        self._forget_devices(machine.collect_ejected())
+        return self._status.encode()
+
+    def _forget_devices(self, gone: dict[str, tuple[int, ...]]) -> None:
+        assert self._spec is not None
+        assert self._fds is not None
+        self._spec = self._spec.without(gone)
+        for fds in gone.values():
+            self._fds.release(fds)
+        self._note_devices()
+
+    def _note_devices(self) -> None:
+        assert self._spec is not None
+        assert self._fds is not None
+        ids = (*(d.id for d in self._spec.disks), *(n.id for n in self._spec.nics))
+        self._status = replace(self._status, devices=ids, next_fd=len(self._fds))
+
     def _on_console_write(self, args: dict[str, Any]) -> dict[str, Any]:
         try:
             data = base64.b64decode(str(args.get("data")), validate=True)
@@ -293,6 +350,9 @@ class Worker:
                 elapsed_us = (event.at_ns - self._spec.requested_ns) // 1000
                 self._status = replace(self._status, boot_time_us=elapsed_us)
                 self._tell()
+        elif event.code == "ejected":
+            self._forget_devices(self._machine.collect_ejected())
+            self._tell()
         elif event.code == "guest_poweroff":
             self._end(event.code, event.message)
         elif event.code == "guest_reboot":

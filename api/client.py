@@ -41,7 +41,9 @@ from .models.resources import (
 )
 from .models.vms import (
     ConsoleInput,
+    DiskCreate,
     DiskPatch,
+    NicCreate,
     StopRequest,
     Vm,
     VmAction,
@@ -165,6 +167,27 @@ class HostelClient:
     def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
         """Give a disk its new size or limits."""
         return _parse(self._send("PATCH", url_path("vms", ref, "disks", disk_id), patch), Vm)
+
+    def attach(
+        self, ref: str, wanted: DiskCreate | NicCreate, *, wait_s: float = WAIT_S
+    ) -> Vm | Operation:
+        """Give a VM one more disk or network interface, at once if it runs."""
+        path = url_path("vms", ref, "disks" if isinstance(wanted, DiskCreate) else "nics")
+        return _outcome(self._send("POST", path, wanted, {"wait": wait_s}), Vm)
+
+    def detach(
+        self,
+        ref: str,
+        device: tuple[Literal["disk", "nic"], str],
+        *,
+        force: bool = False,
+        timeout_s: float | None = None,
+        wait_s: float = WAIT_S,
+    ) -> Vm | Operation:
+        """Take a disk or a network interface from a VM; ``force`` does not ask the guest."""
+        path = url_path("vms", ref, f"{device[0]}s", device[1])
+        params: Params = {"force": force, "timeout_s": timeout_s, "wait": wait_s}
+        return _outcome(self._send("DELETE", path, params=params), Vm)
 
     def vm_stats(self, ref: str) -> VmStats:
         """Return a running VM's counters."""

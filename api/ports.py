@@ -22,7 +22,20 @@ from .models.resources import (
     KernelImport,
     Operation,
 )
-from .models.vms import DiskPatch, StopRequest, Vm, VmAction, VmCreate, VmPatch, VmState, VmStats
+from .models.vms import (
+    DiskCreate,
+    DiskPatch,
+    NicCreate,
+    StopRequest,
+    Vm,
+    VmAction,
+    VmCreate,
+    VmPatch,
+    VmState,
+    VmStats,
+)
+
+DeviceKind = Literal["disk", "nic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +61,19 @@ class ListQuery:
     cursor: str | None = None
     state: VmState | None = None
     label: str | None = None  # "key" or "key=value"
+
+
+@dataclass(frozen=True, slots=True)
+class DetachQuery:
+    """How a device is taken from a running VM.
+
+    Attributes:
+        force: do not ask the guest.
+        timeout_s: how long it may take to let go.
+    """
+
+    force: bool = False
+    timeout_s: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +142,16 @@ class HostelService(Protocol):
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:
         """Grow a disk; a running guest is told."""
+        ...
+
+    async def attach(self, ref: str, wanted: DiskCreate | NicCreate, call: Call) -> Vm | Operation:
+        """Give a VM one more disk or network interface, at once if it runs."""
+        ...
+
+    async def detach(
+        self, ref: str, device: tuple[DeviceKind, str], how: DetachQuery, call: Call
+    ) -> Vm | Operation:
+        """Take a disk or a network interface from a VM."""
         ...
 
     async def vm_stats(self, ref: str) -> VmStats:

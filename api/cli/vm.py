@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -25,13 +25,19 @@ from .support import (
 
 if TYPE_CHECKING:
     from ..models.resources import Operation
-    from ..models.vms import Vm, VmCreate, VmPatch
+    from ..models.vms import DiskCreate, NicCreate, Vm, VmCreate, VmPatch
 
-    W = TypeVar("W", VmCreate, VmPatch)
+    W = TypeVar("W", VmCreate, VmPatch, DiskCreate, NicCreate)
 
 app = group("Create, see and steer virtual machines.")
 
 Ref = Annotated[str, typer.Argument(metavar="VM", help="Name or id.")]
+Pull = Annotated[
+    bool, typer.Option("--force", help="Pull it out without asking the guest; it may lose data.")
+]
+LetGo = Annotated[
+    float, typer.Option("--timeout", min=0, max=600, help="Seconds that the guest has to let go.")
+]
 Timeout = Annotated[
     float, typer.Option(min=0, max=3600, help="Seconds that the guest has to power off.")
 ]
@@ -233,6 +239,85 @@ def limit_disk(
             f"{value} {unit}/s" for value, unit in ((bps, "bytes"), (iops, "requests")) if value
         )
         print(f"disk {disk}: {told or 'no limit'}")
+
+
+@app.command("attach-disk")
+def attach_disk(
+    context: typer.Context,
+    vm: Ref,
+    disk: Annotated[str, typer.Argument(help="ID=image:NAME or ID=/FILE, then ,ro or ,size=MIB.")],
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Attach a disk; a running guest sees it at once."""
+    with session(context) as client:
+        from ..models.vms import DiskCreate, Vm
+
+        wanted = _read(lambda: DiskCreate.model_validate(parse_disk(disk)), DiskCreate)
+        outcome = client.attach(vm, wanted, wait_s=0 if no_wait else 30)
+        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
+
+
+@app.command("attach-nic")
+def attach_nic(
+    context: typer.Context,
+    vm: Ref,
+    nic: Annotated[str, typer.Argument(help="ID, then ,tap= ,bridge= ,mac= or ,mtu=.")],
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Attach a network interface; a running guest sees it at once."""
+    with session(context) as client:
+        from ..models.vms import NicCreate, Vm
+
+        wanted = _read(lambda: NicCreate.model_validate(parse_nic(nic)), NicCreate)
+        outcome = client.attach(vm, wanted, wait_s=0 if no_wait else 30)
+        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
+
+
+@app.command("detach-disk")
+def detach_disk(
+    context: typer.Context,
+    vm: Ref,
+    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    force: Pull = False,
+    timeout: LetGo = 10,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Detach a disk. A copy of an image is deleted; a disk used by path stays."""
+    how = {"force": force, "timeout_s": timeout, "wait_s": 0 if no_wait else 30}
+    _detach(context, vm, ("disk", disk), how, no_wait, as_json)
+
+
+@app.command("detach-nic")
+def detach_nic(
+    context: typer.Context,
+    vm: Ref,
+    nic: Annotated[str, typer.Argument(help="The interface's id.")],
+    force: Pull = False,
+    timeout: LetGo = 10,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+) -> None:
+    """Detach a network interface."""
+    how = {"force": force, "timeout_s": timeout, "wait_s": 0 if no_wait else 30}
+    _detach(context, vm, ("nic", nic), how, no_wait, as_json)
+
+
+def _detach(
+    context: typer.Context,
+    vm: str,
+    device: tuple[Literal["disk", "nic"], str],
+    how: dict[str, Any],
+    no_wait: bool,
+    as_json: bool,
+) -> None:
+    with session(context) as client:
+        from ..models.vms import Vm
+
+        outcome = client.detach(vm, device, **how)
+        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
 
 
 def _act(

@@ -20,7 +20,7 @@ MAX_CMDLINE_BYTES = 2047
 MIN_CID = 3
 MAX_CID = 0xFFFFFFFE
 # Names that a worker gives to devices which are not the client's to name.
-_OWN_DEVICES = ("rng0", "vsock0")
+OWN_DEVICES = ("rng0", "vsock0")
 
 # The pattern keeps out NUL, newlines and what is not ASCII; Linux reads the rest as it stands.
 Cmdline = Annotated[
@@ -221,7 +221,7 @@ class VmCreate(Request):
         for device_id in [*(d.id for d in self.disks), *(n.id for n in self.nics)]:
             if device_id in seen:
                 raise ValueError(f"device id {device_id!r} is used twice")
-            if device_id in _OWN_DEVICES:
+            if device_id in OWN_DEVICES:
                 raise ValueError(f"device id {device_id!r} is that of a device of Hostel's own")
             seen.add(device_id)
         return self

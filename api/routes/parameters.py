@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 
 from ..models.common import MAX_NAME_CHARS, NAME_PATTERN, NAME_TEXT, NOT_A_UUID, refuse_uuid
 from ..models.vms import VmState
-from ..ports import ListQuery
+from ..ports import DetachQuery, ListQuery
 
 _REF = r"^[A-Za-z0-9._-]+$"
 
@@ -29,6 +29,10 @@ ImagePath = Annotated[
 ]
 DiskPath = Annotated[
     str, Path(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="The disk's id.", examples=["root"])
+]
+NicPath = Annotated[
+    str,
+    Path(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="The interface's id.", examples=["net0"]),
 ]
 OperationPath = Annotated[
     str, Path(min_length=1, max_length=64, pattern=_REF, description="The operation's id.")
@@ -88,5 +92,24 @@ def vm_query(
     return ListQuery(limit=limit, cursor=cursor, state=state, label=label)
 
 
+def detach_query(
+    force: Annotated[
+        bool, Query(description="Pull it out without asking the guest, as from a live machine.")
+    ] = False,
+    timeout_s: Annotated[
+        float,
+        Query(
+            ge=0,
+            le=600,
+            allow_inf_nan=False,
+            description="Seconds that a running guest has to let go of it.",
+        ),
+    ] = 10.0,
+) -> DetachQuery:
+    """Return how a device is detached."""
+    return DetachQuery(force=force, timeout_s=timeout_s)
+
+
 PageQuery = Annotated[ListQuery, Depends(page_query)]
 VmQuery = Annotated[ListQuery, Depends(vm_query)]
+Detach = Annotated[DetachQuery, Depends(detach_query)]

@@ -13,7 +13,17 @@ from starlette.responses import Response
 
 from ..body import read_model, read_optional_model
 from ..models.resources import Operation
-from ..models.vms import DiskPatch, StopRequest, Vm, VmAction, VmCreate, VmPatch, VmStats
+from ..models.vms import (
+    DiskCreate,
+    DiskPatch,
+    NicCreate,
+    StopRequest,
+    Vm,
+    VmAction,
+    VmCreate,
+    VmPatch,
+    VmStats,
+)
 from ..openapi import (
     VmPage,
     accepted,
@@ -24,6 +34,7 @@ from ..openapi import (
     success,
     takes,
 )
+from ..ports import DetachQuery, DeviceKind
 from ..reply import (
     call_of,
     etag_of,
@@ -34,7 +45,7 @@ from ..reply import (
     service_of,
 )
 from ..route import make_router
-from .parameters import DiskPath, VmPath, VmQuery, Wait
+from .parameters import Detach, DiskPath, NicPath, VmPath, VmQuery, Wait
 
 router = make_router("vms", "/v1/vms")
 
@@ -168,6 +179,93 @@ async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 
     ref, version = await precondition(request, vm, service_of(request).get_vm)
     call = call_of(request, wait, version)
     return vm_response(request, await service_of(request).patch_disk(ref, disk, patch, call))
+
+
+@router.post(
+    "/{vm}/disks",
+    summary="Attach a disk.",
+    responses={
+        **success(Vm, "The VM with the disk as its last one.", is_object=True),
+        **accepted(),
+        **problems(404, 408, 409, 412, 413, 415, 507),
+    },
+    openapi_extra=takes(DiskCreate, {"id": "data", "path": "/srv/data.raw"}, has_if_match=True),
+)
+async def attach_disk(request: Request, vm: VmPath, wait: Wait = 1.0) -> Response:
+    """A running guest is told, and needs no rescan. Copying an `image` may take its time."""
+    return await _attach(request, vm, await read_model(request, DiskCreate), wait)
+
+
+@router.post(
+    "/{vm}/nics",
+    summary="Attach a network interface.",
+    responses={
+        **success(Vm, "The VM with the interface as its last one.", is_object=True),
+        **accepted(),
+        **problems(404, 408, 409, 412, 413, 415, 507),
+    },
+    openapi_extra=takes(NicCreate, {"id": "net1"}, has_if_match=True),
+)
+async def attach_nic(request: Request, vm: VmPath, wait: Wait = 1.0) -> Response:
+    """A running guest is told, and needs no rescan."""
+    return await _attach(request, vm, await read_model(request, NicCreate), wait)
+
+
+async def _attach(
+    request: Request, vm: str, wanted: DiskCreate | NicCreate, wait_s: float
+) -> Response:
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
+    outcome = await service_of(request).attach(ref, wanted, call_of(request, wait_s, version))
+    return _vm_or_operation(request, outcome)
+
+
+@router.delete(
+    "/{vm}/disks/{disk}",
+    summary="Detach a disk.",
+    responses={
+        **success(Vm, "The VM without the disk.", is_object=True),
+        **accepted(),
+        **problems(404, 409, 412, 507),
+    },
+    openapi_extra=if_match(),
+)
+async def detach_disk(
+    request: Request, vm: VmPath, disk: DiskPath, how: Detach, wait: Wait = 1.0
+) -> Response:
+    """A disk made from an image is deleted; one used by path stays.
+
+    A running guest is asked for it: 409 `guest_keeps_device` when it does not let go in time, and
+    then nothing has changed.
+    """
+    return await _detach(request, vm, ("disk", disk), how, wait)
+
+
+@router.delete(
+    "/{vm}/nics/{nic}",
+    summary="Detach a network interface.",
+    responses={
+        **success(Vm, "The VM without the interface.", is_object=True),
+        **accepted(),
+        **problems(404, 409, 412, 507),
+    },
+    openapi_extra=if_match(),
+)
+async def detach_nic(
+    request: Request, vm: VmPath, nic: NicPath, how: Detach, wait: Wait = 1.0
+) -> Response:
+    """A running guest is asked for it.
+
+    409 `guest_keeps_device` when it does not let go in time, and then nothing has changed.
+    """
+    return await _detach(request, vm, ("nic", nic), how, wait)
+
+
+async def _detach(
+    request: Request, vm: str, device: tuple[DeviceKind, str], how: DetachQuery, wait_s: float
+) -> Response:
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
+    call = call_of(request, wait_s, version)
+    return _vm_or_operation(request, await service_of(request).detach(ref, device, how, call))
 
 
 @router.get(

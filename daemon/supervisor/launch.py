@@ -18,7 +18,7 @@ from api.errors import ApiError, HostFailure, Internal
 
 from ..protocol import DiskSpec, MachineSpec, NicSpec, VsockSpec
 from .disks import open_locked
-from .records import DiskRecord, KernelRecord, VmRecord
+from .records import DiskRecord, KernelRecord, NicRecord, VmRecord
 from .taps import open_taps, open_vhost
 from .vsock import SOCKET_NAME, open_vsock
 
@@ -27,14 +27,19 @@ MIB: Final = 1 << 20
 
 @dataclass
 class FdBag:
-    """Descriptors that are closed together; the worker gets duplicates."""
+    """Descriptors that are closed together; the worker gets duplicates.
+
+    Attributes:
+        first: the index of the first one; above 0 for a worker that has some already.
+    """
 
     fds: list[int] = field(default_factory=list)
+    first: int = 0
 
     def add(self, fd: int) -> int:
         """Take a descriptor over and return its index."""
         self.fds.append(fd)
-        return len(self.fds) - 1
+        return self.first + len(self.fds) - 1
 
     def __enter__(self) -> Self:
         return self
@@ -76,15 +81,8 @@ async def prepare(
     kvm_fd = bag.add(open_kvm(kvm_device))
     kernel_fd = bag.add(_open_kept(boot.kernel_path))
     initrd_fd = None if boot.initrd_path is None else bag.add(_open_kept(boot.initrd_path))
-    disks = []
-    for index, disk in enumerate(record.disks):
-        (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
-        disks.append(DiskSpec(disk.id, fd, disk.read_only, disk.io_engine, disk.rate_limit))
-    nics = []
-    for index, nic in enumerate(record.nics):
-        tap_fds = await _in_thread(bag, partial(open_taps, nic, index))
-        vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
-        nics.append(NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu))
+    disks = [await open_disk(disk, index, bag) for index, disk in enumerate(record.disks)]
+    nics = [await open_nic(nic, index, bag) for index, nic in enumerate(record.nics)]
     vsock = None
     if record.vsock is not None:
         vsock_fds = await _in_thread(bag, partial(open_vsock, record.vsock))
@@ -109,8 +107,21 @@ async def prepare(
     )
 
 
+async def open_disk(disk: DiskRecord, index: int, bag: FdBag) -> DiskSpec:
+    """Open what is behind a disk, locked; raises as prepare()."""
+    (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
+    return DiskSpec(disk.id, fd, disk.read_only, disk.io_engine, disk.rate_limit, disk.slot)
+
+
 def _open_disk(disk: DiskRecord, index: int) -> list[int]:
     return [open_locked(disk, index)]
+
+
+async def open_nic(nic: NicRecord, index: int, bag: FdBag) -> NicSpec:
+    """Open what is behind a network interface; raises as prepare()."""
+    tap_fds = await _in_thread(bag, partial(open_taps, nic, index))
+    vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
+    return NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu, nic.slot)
 
 
 async def _in_thread(bag: FdBag, opener: Callable[[], list[int]]) -> tuple[int, ...]:

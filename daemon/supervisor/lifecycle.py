@@ -32,6 +32,7 @@ class StateRule:
         may_delete: whether a delete needs no ``force``.
         may_force_delete: whether a delete with ``force`` works.
         may_reshape: whether vCPUs, memory, kernel, initrd and cmdline may change.
+        may_plug: whether disks and network interfaces may come and go.
         has_worker: whether a worker process stands behind it; crashed may have one or not.
     """
 
@@ -40,6 +41,7 @@ class StateRule:
     may_delete: bool = False
     may_force_delete: bool = False
     may_reshape: bool = False
+    may_plug: bool = False
     has_worker: bool = False
 
 
@@ -60,6 +62,7 @@ TABLE: Final[Mapping[VmState, StateRule]] = MappingProxyType(
             may_delete=True,
             may_force_delete=True,
             may_reshape=True,
+            may_plug=True,
         ),
         _S.STARTING: _rule(
             {_A.KILL: _S.STOPPED},
@@ -84,9 +87,11 @@ TABLE: Final[Mapping[VmState, StateRule]] = MappingProxyType(
             _S.CRASHED,
             _S.DELETING,
             may_force_delete=True,
+            may_plug=True,
             has_worker=True,
         ),
-        # A paused guest cannot answer the power button: resume it first, or kill it.
+        # A paused guest cannot answer the power button: resume it first, or kill it. Nor can it
+        # take a device in or let one go.
         _S.PAUSED: _rule(
             {_A.RESUME: _S.RUNNING, _A.KILL: _S.STOPPED},
             _S.RUNNING,
@@ -117,6 +122,7 @@ TABLE: Final[Mapping[VmState, StateRule]] = MappingProxyType(
             may_delete=True,
             may_force_delete=True,
             may_reshape=True,
+            may_plug=True,
         ),
         # A delete that failed half-way may be asked for again.
         _S.DELETING: _rule({}, may_delete=True, may_force_delete=True),
@@ -173,6 +179,21 @@ def check_reshape(name: str, state: VmState, field: str) -> None:
             field=field,
             state=state.value,
             allowed=[other.value for other, rule in TABLE.items() if rule.may_reshape],
+        )
+
+
+def check_plug(name: str, state: VmState) -> None:
+    """Refuse to attach or detach a device where the state does not allow it.
+
+    Raises:
+        Conflict: as check_action().
+    """
+    if not TABLE[state].may_plug:
+        raise Conflict(
+            "wrong_state",
+            f"VM {name} is {state.value}: devices come and go while it is running or at rest",
+            state=state.value,
+            allowed=[other.value for other, rule in TABLE.items() if rule.may_plug],
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from api.models.resources import Kernel
 from api.models.vms import VmState
 
+from ..protocol import DISK_SLOTS, NIC_SLOTS
 from .procfs import Identity
 from .store import Statement
 
@@ -33,7 +34,13 @@ def now() -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class DiskRecord:
-    """A VM's disk; ``is_own`` means that it goes with the VM, rate_limit has what is limited."""
+    """A VM's disk.
+
+    Attributes:
+        is_own: it goes with the VM.
+        rate_limit: what is limited.
+        slot: its PCI slot.
+    """
 
     id: str
     path: str
@@ -44,11 +51,12 @@ class DiskRecord:
     cache: Cache = "writeback"
     io_engine: IoEngine = "auto"
     rate_limit: dict[str, int] = field(default_factory=dict)
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NicRecord:
-    """A VM's network interface."""
+    """A VM's network interface; ``slot`` is its PCI slot, of which guests make its name."""
 
     id: str
     tap: str
@@ -56,6 +64,7 @@ class NicRecord:
     mtu: int | None
     bridge: str | None
     backend: Backend = "auto"
+    slot: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,8 @@ class VmRecord:
     # How a later hosteld recognises the worker when that does not answer on its socket.
     worker: Identity | None = None
     vsock: VsockRecord | None = None
+    # Disks of its own that it has no more, or not yet, whose files are to be removed.
+    doomed: tuple[str, ...] = ()
 
     def encode(self) -> str:
         """Return the record as JSON text."""
@@ -123,8 +134,16 @@ class VmRecord:
         doc["worker"] = None if worker is None else Identity(**worker)
         vsock = doc.get("vsock")
         doc["vsock"] = None if vsock is None else VsockRecord(**vsock)
-        doc["disks"] = tuple(DiskRecord(**disk) for disk in doc["disks"])
-        doc["nics"] = tuple(NicRecord(**nic) for nic in doc["nics"])
+        doc["doomed"] = tuple(doc.get("doomed", ()))
+        # Before slots were kept, devices filled them in their order.
+        doc["disks"] = tuple(
+            DiskRecord(**{"slot": slot, **disk})
+            for slot, disk in zip(DISK_SLOTS, doc["disks"], strict=False)
+        )
+        doc["nics"] = tuple(
+            NicRecord(**{"slot": slot, **nic})
+            for slot, nic in zip(NIC_SLOTS, doc["nics"], strict=False)
+        )
         return cls(**doc)
 
 

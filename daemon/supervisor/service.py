@@ -24,8 +24,18 @@ from api.models.resources import (
     KernelImport,
     Operation,
 )
-from api.models.vms import DiskPatch, StopRequest, Vm, VmAction, VmCreate, VmPatch, VmStats
-from api.ports import Call, ConsoleChunk, ListQuery, StoredReply
+from api.models.vms import (
+    DiskCreate,
+    DiskPatch,
+    NicCreate,
+    StopRequest,
+    Vm,
+    VmAction,
+    VmCreate,
+    VmPatch,
+    VmStats,
+)
+from api.ports import Call, ConsoleChunk, DetachQuery, DeviceKind, ListQuery, StoredReply
 
 from . import faults, lifecycle
 from .config import Config
@@ -37,6 +47,8 @@ from .idempotency import IdempotencyKeys
 from .imports import Importer
 from .library import Library
 from .operations import Job, Operations
+from .plug import Plugger, find_device
+from .plug import check as check_plug
 from .reconcile import Reconciler, Report
 from .store import Store
 from .tasks import Tasks
@@ -83,6 +95,9 @@ class Supervisor:
         self._runner = VmRunner(config, self._table, self._pool, self._library, tasks)
         planner = Planner(self._table, self._library, layout)
         self._maker = VmMaker(self._table, self._runner, planner, self._library, self._pool, layout)
+        self._plugger = Plugger(
+            self._table, self._runner, self._maker, planner, self._library, layout
+        )
         self._importer = Importer(self._library, self._table, layout)
         self._consoles = Consoles(layout, self._runner)
         self._host = HostView(config, self._table, version)
@@ -101,7 +116,11 @@ class Supervisor:
         reconciler = Reconciler(
             self._table, self._runner, self._maker, self._pool, self._layout, self._tasks
         )
-        return await reconciler.run(self._store)
+        report = await reconciler.run(self._store)
+        for entry in list(self._table):
+            async with entry.lock:
+                await self._plugger.tidy(entry)
+        return report
 
     async def stop(self) -> None:
         """Let running jobs end, let go of the workers, and close the database."""
@@ -198,6 +217,34 @@ class Supervisor:
             change = self._maker.patch_disk(entry, disk_id, patch, _request(call))
             await self._tasks.complete(change, "change disk")
             return self._model(entry)
+
+    async def attach(self, ref: str, wanted: DiskCreate | NicCreate, call: Call) -> Vm | Operation:
+        """Give a VM one more disk or network interface, at once if it runs."""
+        async with _door(f"attach {wanted.id} to VM {ref}"):
+            entry, request = self._table.get(ref), _request(call)
+            check_plug(entry, request)
+
+            async def work(job: Job) -> Vm:
+                await self._plugger.attach(entry, wanted, request, job)
+                return self._model(entry)
+
+            may_cancel = isinstance(wanted, DiskCreate) and wanted.image is not None
+            return await self._run(Job("vm.attach", entry.ref, may_cancel), call, work)
+
+    async def detach(
+        self, ref: str, device: tuple[DeviceKind, str], how: DetachQuery, call: Call
+    ) -> Vm | Operation:
+        """Take a disk or a network interface from a VM."""
+        async with _door(f"detach {device[1]} from VM {ref}"):
+            entry, request = self._table.get(ref), _request(call)
+            find_device(entry.record, *device)
+            check_plug(entry, request)
+
+            async def work(_: Job) -> Vm:
+                await self._plugger.detach(entry, device, how.force, how.timeout_s, request)
+                return self._model(entry)
+
+            return await self._run(Job("vm.detach", entry.ref, may_cancel=False), call, work)
 
     async def vm_stats(self, ref: str) -> VmStats:
         """Read a running VM's counters."""

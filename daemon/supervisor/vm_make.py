@@ -136,7 +136,7 @@ class VmMaker:
         async with entry.lock:
             await self._table.insert(entry, request.actor)
             try:
-                await self._clone_disks(entry.record, job)
+                await self.clone_disks(entry.record, job)
                 if not start:
                     await self._table.commit(entry, state=VmState.STOPPED)
                     return entry
@@ -151,7 +151,8 @@ class VmMaker:
                 raise
         return entry
 
-    async def _clone_disks(self, record: VmRecord, job: Job) -> None:
+    async def clone_disks(self, record: VmRecord, job: Job) -> None:
+        """Make a VM's own copies of images, in a thread; what is there already is an error."""
         (self._layout.vm_state(record.id) / "disks").mkdir(mode=0o700, parents=True, exist_ok=True)
         for disk in record.disks:
             if disk.is_own and disk.image_id is not None:

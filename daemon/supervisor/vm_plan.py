@@ -12,13 +12,16 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from api.errors import Conflict, Invalid
 from api.models.resources import Image
 from api.models.vms import (
     MAX_CID,
+    OWN_DEVICES,
     DiskCreate,
     NicCreate,
     RateLimit,
@@ -28,6 +31,7 @@ from api.models.vms import (
     VsockCreate,
 )
 
+from ..protocol import DISK_SLOTS, NIC_SLOTS
 from . import disks, lifecycle, procfs, taps
 from .dirs import Layout
 from .launch import MIB
@@ -115,6 +119,39 @@ class Planner:
             _check_memory(changes["memory_mib"])
         return changes
 
+    async def plan_disk(self, record: VmRecord, wanted: DiskCreate) -> DiskRecord:
+        """Return the record of one more disk of a VM.
+
+        Raises:
+            ApiError: as plan_create(), its id is taken, or there are too many.
+        """
+        _check_device(record, wanted.id)
+        slot = _free_slot(record, DISK_SLOTS, [disk.slot for disk in record.disks], "disks")
+        for other in record.disks:
+            is_shared = other.read_only and wanted.read_only
+            if wanted.path is None or is_shared:
+                continue
+            if await asyncio.to_thread(_is_same_file, other.path, wanted.path):
+                raise Invalid(
+                    "disk_twice",
+                    f"disks {other.id} and {wanted.id} are the same file; only read_only ones may"
+                    " be",
+                    field="path",
+                )
+        (disk,) = await self._plan_disks(record.id, [wanted])
+        if disk.is_own:
+            # A name of its own: the file of an earlier disk of that id may be on its way out.
+            path = Path(disk.path).with_name(f"{disk.id}-{uuid.uuid4().hex[:8]}.raw")
+            return replace(disk, path=str(path), slot=slot)
+        return replace(disk, slot=slot)
+
+    def plan_nic(self, record: VmRecord, wanted: NicCreate) -> NicRecord:
+        """Return the record of one more network interface of a VM; raises as plan_disk()."""
+        _check_device(record, wanted.id)
+        slot = _free_slot(record, NIC_SLOTS, [nic.slot for nic in record.nics], "nics")
+        (nic,) = self._plan_nics(record.id, [wanted], slot)
+        return nic
+
     def check_fit(self, record: VmRecord) -> None:
         """Refuse a VM whose kernel, initrd and command line do not fit its memory.
 
@@ -162,8 +199,9 @@ class Planner:
         records = []
         seen: dict[tuple[int, int], DiskCreate] = {}
         for index, disk in enumerate(wanted):
+            slot = DISK_SLOTS[index]
             if disk.path is None:
-                records.append(self._image_disk(vm_id, disk, index))
+                records.append(replace(self._image_disk(vm_id, disk, index), slot=slot))
                 continue
             field = f"disks.{index}.path"
             is_direct = disk.cache == "none"
@@ -183,6 +221,7 @@ class Planner:
                 DiskRecord(
                     *(disk.id, disk.path, None, False, disk.read_only, found.size_bytes),
                     *_io_of(disk),
+                    slot,
                 )
             )
         return tuple(records)
@@ -225,15 +264,18 @@ class Planner:
 
     # --- network interfaces
 
-    def _plan_nics(self, vm_id: str, wanted: list[NicCreate]) -> tuple[NicRecord, ...]:
+    def _plan_nics(
+        self, vm_id: str, wanted: list[NicCreate], first_slot: int = NIC_SLOTS[0]
+    ) -> tuple[NicRecord, ...]:
         records: list[NicRecord] = []
         for index, nic in enumerate(wanted):
-            tap = nic.tap or f"ht{vm_id[:8]}n{index}"
+            slot = first_slot + index
+            tap = nic.tap or f"ht{vm_id[:8]}n{slot - NIC_SLOTS[0]}"
             self._check_tap(tap, index, records)
             if nic.bridge is not None:
                 taps.check_bridge(nic.bridge, f"nics.{index}.bridge")
             mac = nic.mac or derive_mac(vm_id, nic.id)
-            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge, nic.backend))
+            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge, nic.backend, slot))
         return tuple(records)
 
     def _check_tap(self, tap: str, index: int, siblings: list[NicRecord]) -> None:
@@ -277,6 +319,30 @@ def _io_of(disk: DiskCreate) -> tuple[Cache, IoEngine, dict[str, int]]:
 def limits_of(rate_limit: RateLimit | None) -> dict[str, int]:
     """Return the limits that are set."""
     return {} if rate_limit is None else rate_limit.model_dump(exclude_none=True)
+
+
+def _check_device(record: VmRecord, device_id: str) -> None:
+    ids = [*(disk.id for disk in record.disks), *(nic.id for nic in record.nics)]
+    if device_id in (*OWN_DEVICES, *ids):
+        raise Conflict(
+            "device_taken", f"VM {record.name} has a device {device_id} already", field="id"
+        )
+
+
+def _free_slot(record: VmRecord, slots: range, taken: list[int | None], what: str) -> int:
+    slot = next((slot for slot in slots if slot not in taken), None)
+    if slot is None or len(taken) >= len(slots):
+        raise Conflict(
+            "too_many_devices", f"VM {record.name} has {len(taken)} {what}, the most that it may"
+        )
+    return slot
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)  # noqa: PTH121 - the paths are kept as strings
+    except OSError:
+        return False  # whichever is missing, its opener says so
 
 
 def derive_mac(vm_id: str, nic_id: str) -> str:

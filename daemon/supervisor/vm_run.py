@@ -9,6 +9,7 @@ the end and sends the signal, so that whoever holds the lock sees the worker end
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -16,19 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NoReturn
 
-from api.errors import Conflict, HostFailure
+from api.errors import ApiError, Conflict, HostFailure
 from api.models.vms import StopRequest, VmAction, VmState
 
 from ..errors import WorkerError, WorkerGone
-from ..protocol import MachineSpec, Status
+from ..protocol import MachineSpec
 from . import lifecycle, procfs
 from .config import Config
-from .endings import judge, reason_of
+from .endings import judge
 from .launch import FdBag, prepare
 from .library import Library
+from .news import compare, kind_of, news, without
 from .operations import Job
 from .records import ReasonRecord, VmRecord, now
-from .store import NewEvent
 from .tasks import Tasks
 from .vm_table import VmEntry, VmTable, reason
 from .workers import KILL_TIMEOUT_S, Ending, Worker, WorkerPool
@@ -40,11 +41,6 @@ LAUNCHES_PER_CPU: Final = 4
 # A worker that ends closes its connection a moment before.
 END_GRACE_S: Final = 1.0
 
-_STATES: Final = {
-    "running": VmState.RUNNING,
-    "paused": VmState.PAUSED,
-    "crashed": VmState.CRASHED,
-}
 _ARRIVALS: Final = {
     VmState.RUNNING: "resumed",
     VmState.PAUSED: "paused",
@@ -350,7 +346,11 @@ class VmRunner:
             await self.keep_up(entry, request.actor)
 
     async def ask(
-        self, entry: VmEntry, op: str, args: dict[str, Any] | None = None
+        self,
+        entry: VmEntry,
+        op: str,
+        args: dict[str, Any] | None = None,
+        fds: tuple[int, ...] = (),
     ) -> dict[str, Any]:
         """Ask a VM's worker; when that has died, say how.
 
@@ -359,7 +359,7 @@ class VmRunner:
         """
         worker = self._worker(entry)
         try:
-            return await worker.request(op, args, timeout_s=self._config.request_timeout_s)
+            return await worker.request(op, args, fds, timeout_s=self._config.request_timeout_s)
         except WorkerGone as err:
             ending = await worker.wait_ended(END_GRACE_S)
             if ending is None:
@@ -401,8 +401,16 @@ class VmRunner:
         status = None if entry.worker is None else entry.worker.status
         if status is None:
             return
+        difference = compare(entry.record, status)
         changes = news(entry.record, status)
-        events: list[NewEvent] = []
+        if difference.lost:
+            changes |= without(entry.record, {device.id for device in difference.lost})
+        events = [
+            entry.event(f"{kind_of(device)}_detached", **{kind_of(device): device.id})
+            for device in difference.lost
+        ]
+        for device_id in difference.strays:
+            self._tasks.spawn(self._pull_stray(entry, device_id), "pull-stray")
         if status.resets != entry.resets and entry.resets is not None:
             events.append(entry.event("reset", actor))
         entry.resets = status.resets
@@ -414,6 +422,14 @@ class VmRunner:
             events.append(entry.event("booted", boot_time_us=changes["boot_time_us"]))
         if changes or events:
             await self._table.record(entry, *events, **changes)
+
+    async def _pull_stray(self, entry: VmEntry, device_id: str) -> None:
+        """Take out a device whose attach was given up on, unless it belongs there by now."""
+        async with entry.lock:
+            status = None if entry.worker is None else entry.worker.status
+            if status is not None and device_id in compare(entry.record, status).strays:
+                with contextlib.suppress(ApiError):  # it is looked at again with the next status
+                    await self.ask(entry, "detach", {"device": device_id, "force": True})
 
     async def settle(
         self,
@@ -467,25 +483,3 @@ class VmRunner:
         if entry.worker is None:
             raise HostFailure("worker_gone", f"VM {entry.record.name} has no worker")
         return entry.worker
-
-
-def news(record: VmRecord, status: Status) -> dict[str, Any]:
-    """Return what a worker's status changes in a VM's record."""
-    changes: dict[str, Any] = {}
-    state = _STATES.get(status.state)
-    is_waiting = record.state is VmState.STOPPING and state is VmState.RUNNING
-    if state is not None and state is not record.state and not is_waiting:
-        changes["state"] = state
-    told = reason_of(status.reason)
-    known = record.reason
-    if _differs(told, known) and state is not None:
-        changes["reason"] = told
-    if status.boot_time_us != record.boot_time_us:
-        changes["boot_time_us"] = status.boot_time_us
-    return changes
-
-
-def _differs(told: ReasonRecord | None, known: ReasonRecord | None) -> bool:
-    if told is None or known is None:
-        return told is not known
-    return (told.code, told.message, told.detail) != (known.code, known.message, known.detail)

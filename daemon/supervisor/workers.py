@@ -90,6 +90,7 @@ class Worker:
         self.is_known = is_known
         self.unreachable: str | None = None
         self.status: Status | None = None
+        self._told = asyncio.Event()  # set by each status, and by the end
         self.on_status: Callable[[Worker], None] = lambda _: None
         self._pidfd = forked.pidfd
         self._is_dying = False
@@ -179,6 +180,15 @@ class Worker:
         await asyncio.wait({self.ended}, timeout=timeout_s)
         return self.ended.result() if self.ended.done() else None
 
+    async def wait_status(self, claim: Callable[[Status], bool], timeout_s: float) -> bool:
+        """Wait until a status fulfils ``claim``; False when none did in time, or it ended."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.ended.done() and not (self.status and claim(self.status)):
+                    self._told.clear()
+                    await self._told.wait()
+        return self.status is not None and claim(self.status)
+
     async def quit(self) -> Ending | None:
         """End it in good order, or by force; None when even SIGKILL did not help in time."""
         if not self.ended.done():
@@ -216,6 +226,7 @@ class Worker:
         except ProtocolError as err:
             log.warning("status not understood vm=%s error=%s", self.vm_id, err)
             return False
+        self._told.set()
         return True
 
     def _on_hangup(self) -> None:
@@ -286,6 +297,7 @@ class Worker:
                 log_tail(self._layout.vm_state(self.vm_id) / "worker.log"),
             )
         )
+        self._told.set()
 
     async def _exit_status(self) -> int | None:
         """Ask the zygote, which is its parent, or for an adopted worker the kernel."""

@@ -440,8 +440,7 @@ def _virtio_devices(
         vsock = spec.vsock
         yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
     if spec.rng:
-        # A name that no client can give to a device of its own.
-        yield lambda _: VirtioRng("rng_0"), (), OTHER_SLOTS
+        yield lambda _: VirtioRng(), (), OTHER_SLOTS
 
 
 def _slots(wanted: int | None, free: range) -> Sequence[int]:

@@ -26,8 +26,10 @@ from api.models.resources import (
 )
 from api.models.vms import (
     Disk,
+    DiskCreate,
     DiskPatch,
     Nic,
+    NicCreate,
     StopRequest,
     Vm,
     VmAction,
@@ -37,7 +39,7 @@ from api.models.vms import (
     VmStats,
     Vsock,
 )
-from api.ports import Call, ConsoleChunk, ListQuery, StoredReply
+from api.ports import Call, ConsoleChunk, DetachQuery, DeviceKind, ListQuery, StoredReply
 
 T = TypeVar("T", Vm, Kernel, Image)
 
@@ -79,6 +81,7 @@ class FakeService:
         self.typed_per_call = 1 << 20
         self.writes = 0
         self.does_echo = False
+        self.kept_devices: set[str] = set()
         self._news = asyncio.Condition()
         self._ids = 0
 
@@ -188,30 +191,8 @@ class FakeService:
             state=state,
             reason=None,
             actions=list(ACTIONS[state]),
-            disks=[
-                Disk(
-                    id=disk.id,
-                    path=disk.path or f"/state/{disk.image}",
-                    image=disk.image,
-                    read_only=disk.read_only,
-                    size_bytes=(disk.size_mib or 1) << 20,
-                    cache=disk.cache,
-                    io_engine=disk.io_engine,
-                    rate_limit=disk.rate_limit,
-                )
-                for disk in request.disks
-            ],
-            nics=[
-                Nic(
-                    id=nic.id,
-                    tap=nic.tap or "tap0",
-                    mac=nic.mac or "02:00:00:00:00:01",
-                    mtu=nic.mtu,
-                    bridge=nic.bridge,
-                    backend=nic.backend,
-                )
-                for nic in request.nics
-            ],
+            disks=[_disk(disk) for disk in request.disks],
+            nics=[_nic(nic) for nic in request.nics],
             vsock=None
             if request.vsock is None
             else Vsock(
@@ -283,6 +264,27 @@ class FakeService:
             changes["rate_limit"] = patch.rate_limit
         disks = [d.model_copy(update=changes) if d.id == disk_id else d for d in vm.disks]
         return self._keep(vm, disks=disks)
+
+    async def attach(self, ref: str, wanted: DiskCreate | NicCreate, call: Call) -> Vm:
+        vm = self._checked(ref, call)
+        if wanted.id in [*(disk.id for disk in vm.disks), *(nic.id for nic in vm.nics)]:
+            raise Conflict("device_taken", f"VM {vm.name} has a device {wanted.id}", field="id")
+        if isinstance(wanted, DiskCreate):
+            return self._keep(vm, disks=[*vm.disks, _disk(wanted)])
+        return self._keep(vm, nics=[*vm.nics, _nic(wanted)])
+
+    async def detach(
+        self, ref: str, device: tuple[DeviceKind, str], how: DetachQuery, call: Call
+    ) -> Vm:
+        vm = self._checked(ref, call)
+        kind, device_id = device
+        devices = vm.disks if kind == "disk" else vm.nics
+        if device_id not in [found.id for found in devices]:
+            raise NotFound(f"{kind}_not_found", f"VM {vm.name} has no {kind} {device_id}")
+        if device_id in self.kept_devices and not how.force:
+            raise Conflict("guest_keeps_device", "not in time", state=vm.state)
+        rest = [found for found in devices if found.id != device_id]
+        return self._keep(vm, **{f"{kind}s": rest})
 
     async def vm_stats(self, ref: str) -> VmStats:
         vm = self._vm(ref)
@@ -506,3 +508,27 @@ def _page(objects: list[T], query: ListQuery) -> Page[T]:
     items = later[: query.limit]
     cursor = items[-1].name if len(later) > len(items) else None
     return Page(items=items, next_cursor=cursor)
+
+
+def _disk(wanted: DiskCreate) -> Disk:
+    return Disk(
+        id=wanted.id,
+        path=wanted.path or f"/state/{wanted.image}",
+        image=wanted.image,
+        read_only=wanted.read_only,
+        size_bytes=(wanted.size_mib or 1) << 20,
+        cache=wanted.cache,
+        io_engine=wanted.io_engine,
+        rate_limit=wanted.rate_limit,
+    )
+
+
+def _nic(wanted: NicCreate) -> Nic:
+    return Nic(
+        id=wanted.id,
+        tap=wanted.tap or "tap0",
+        mac=wanted.mac or "02:00:00:00:00:01",
+        mtu=wanted.mtu,
+        bridge=wanted.bridge,
+        backend=wanted.backend,
+    )

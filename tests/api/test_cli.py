@@ -101,6 +101,20 @@ def test_disk_is_grown(cli: Cli) -> None:
     cli.run("vm", "grow-disk", "web-1", "root", "0", code=2)
 
 
+def test_devices_come_and_go_by_the_command_line(cli: Cli) -> None:
+    cli.run(*CREATE)
+    vm = cli.json("vm", "attach-disk", "web-1", "data=/srv/data.raw,ro")
+    assert vm["disks"][-1]["read_only"] is True
+    assert cli.json("vm", "attach-nic", "web-1", "net9,mtu=1400")["nics"][-1]["id"] == "net9"
+    cli.live.service.kept_devices.add("data")
+    assert "guest_keeps_device" in cli.run("vm", "detach-disk", "web-1", "data", code=1).stderr
+    rest = cli.json("vm", "detach-disk", "web-1", "data", "--force")["disks"]
+    assert [disk["id"] for disk in rest] == ["root"]
+    rest = cli.json("vm", "detach-nic", "web-1", "net9")["nics"]
+    assert [nic["id"] for nic in rest] == ["net0"]
+    assert "write ID=" in cli.run("vm", "attach-disk", "web-1", "data", code=2).stderr
+
+
 def test_create_prints_the_vm_as_json(cli: Cli) -> None:
     vm = cli.json(*CREATE, "--label", "env=prod", "--cmdline", "quiet")
     assert (vm["name"], vm["labels"], vm["cmdline"]) == ("web-1", {"env": "prod"}, "quiet")

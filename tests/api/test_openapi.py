@@ -32,6 +32,8 @@ MORE_THAN_SCHEMA = {
     "create_vm",
     "patch_vm",
     "patch_disk",
+    "attach_disk",
+    "attach_nic",
     "upload_kernel",
     "upload_image",
     "list_events",

@@ -9,6 +9,10 @@ The words of the VM's command line choose how the worker behaves:
     exit-3                                  ends by itself, with a line in its log
     ignore-button, die-on-pause, hang-on-pause, slow-console, bad-stats
     hang-up-on-stats                        closes the connection once, and lives
+    keep-devices, late-eject                detaches nothing unless forced, or not before it is told
+                                            to keep it
+    old-worker                              knows nothing of devices that come and go
+    mute-attach                             attaches, and does not answer
     surrogate                               tells a reason that is no Unicode text
     lie=PID                                 says that it is that process, from the launch on
 """
@@ -71,8 +75,7 @@ class FakeWorker:
     def serve(self, message: protocol.Message) -> None:
         op, args = message.body["op"], message.body["args"]
         if op == "launch":
-            self.fds = message.fds
-            self.moods = set(MachineSpec.decode(args).cmdline.split())
+            self.launch(MachineSpec.decode(args), message.fds)
         if f"hang-on-{op}" in self.moods:
             time.sleep(600)
         if f"die-on-{op}" in self.moods:
@@ -81,13 +84,27 @@ class FakeWorker:
             self.moods.remove(f"hang-up-on-{op}")
             raise ConnectionResetError
         if f"refuse-{op}" in self.moods:
+            if op != "launch":
+                protocol.close_all(message.fds)
             error = {"code": "boot_failed", "message": "no such luck"}
             self.send({"id": message.body["id"], "error": error})
+            return
+        if op in ("attach", "detach", "keep"):
+            self.plug(op, args, message.fds)
+        if f"mute-{op}" in self.moods:
+            self.moods.remove(f"mute-{op}")
             return
         reply = self.answer(op, args)
         self.send({"id": message.body["id"], "ok": reply})
         if op == "launch":
             self.live()
+
+    def launch(self, spec: MachineSpec, fds: tuple[int, ...]) -> None:
+        self.fds = fds
+        self.moods = set(spec.cmdline.split())
+        ids = (*(disk.id for disk in spec.disks), *(nic.id for nic in spec.nics))
+        if "old-worker" not in self.moods:
+            self.status = replace(self.status, devices=ids, next_fd=len(fds))
 
     def answer(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         states = {"launch": "running", "pause": "paused", "resume": "running", "reset": "running"}
@@ -111,6 +128,21 @@ class FakeWorker:
         elif op == "resize_disk":
             return {"size_bytes": os.fstat(self.fds[2]).st_size}
         return self.status.encode()
+
+    def plug(self, op: str, args: dict[str, Any], fds: tuple[int, ...]) -> None:
+        devices = list(self.status.devices or ())
+        if op == "attach":
+            assert args["first_fd"] == len(self.fds)
+            self.fds += fds
+            for device in (*args.get("disks", ()), *args.get("nics", ())):
+                for index in (*device.get("tap_fds", ()), device.get("fd", len(self.fds) - 1)):
+                    assert args["first_fd"] <= index < len(self.fds)
+                devices.append(device["id"])
+        elif not self.moods & {"keep-devices", "late-eject"} or args.get("force"):
+            devices = [name for name in devices if name != args["device"]]
+        elif op == "keep" and "late-eject" in self.moods:
+            devices.remove(args["device"])
+        self.tell(devices=tuple(devices), next_fd=len(self.fds))
 
     def live(self) -> None:
         """Do what the guest does after its start."""

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""What a worker's status says against its VM's record.
+
+hosteld may die between the two. A device is in the record before the worker is asked to attach it,
+and until the worker has detached it. So what the worker lacks was never attached, or is detached
+already; and what only the worker has was given up on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+from api.models.vms import VmState
+
+from ..protocol import Status
+from .endings import reason_of
+from .records import DiskRecord, NicRecord, ReasonRecord, VmRecord
+
+_STATES: Final = {
+    "running": VmState.RUNNING,
+    "paused": VmState.PAUSED,
+    "crashed": VmState.CRASHED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a status says against a record.
+
+    Attributes:
+        lost: devices that the worker has not.
+        strays: ids that the record has not.
+    """
+
+    lost: tuple[DiskRecord | NicRecord, ...] = ()
+    strays: tuple[str, ...] = ()
+
+
+def compare(record: VmRecord, status: Status) -> Difference:
+    """Compare a record with what its worker has told."""
+    if status.devices is None:
+        return Difference()  # a worker of before, which cannot change them
+    devices: tuple[DiskRecord | NicRecord, ...] = (*record.disks, *record.nics)
+    ids = [device.id for device in devices]
+    return Difference(
+        tuple(device for device in devices if device.id not in status.devices),
+        tuple(name for name in status.devices if name not in ids),
+    )
+
+
+def without(record: VmRecord, ids: Collection[str]) -> dict[str, Any]:
+    """Return what changes in a record when devices go; a disk of the VM's own is doomed."""
+    going = [disk for disk in record.disks if disk.id in ids]
+    return {
+        "disks": tuple(disk for disk in record.disks if disk.id not in ids),
+        "nics": tuple(nic for nic in record.nics if nic.id not in ids),
+        "doomed": (*record.doomed, *(disk.path for disk in going if disk.is_own)),
+    }
+
+
+def kind_of(device: DiskRecord | NicRecord) -> str:
+    """Return "disk" or "nic", as events name it."""
+    return "disk" if isinstance(device, DiskRecord) else "nic"
+
+
+def news(record: VmRecord, status: Status) -> dict[str, Any]:
+    """Return what a worker's status changes in a VM's record."""
+    changes: dict[str, Any] = {}
+    state = _STATES.get(status.state)
+    is_waiting = record.state is VmState.STOPPING and state is VmState.RUNNING
+    if state is not None and state is not record.state and not is_waiting:
+        changes["state"] = state
+    told = reason_of(status.reason)
+    known = record.reason
+    if _differs(told, known) and state is not None:
+        changes["reason"] = told
+    if status.boot_time_us != record.boot_time_us:
+        changes["boot_time_us"] = status.boot_time_us
+    return changes
+
+
+def _differs(told: ReasonRecord | None, known: ReasonRecord | None) -> bool:
+    if told is None or known is None:
+        return told is not known
+    return (told.code, told.message, told.detail) != (known.code, known.message, known.detail)

@@ -120,11 +120,12 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     """
     try:
         manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
-        expected = {name: manifest["files"][name]["size_bytes"] for name in FILES}
+        expected = {name: entry["size_bytes"] for name, entry in manifest["files"].items()}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise LabError(f"{out / 'manifest.json'}: not readable ({err}): remove {out}") from err
+    # Another version of this program may have made other files.
     files = [out / name for name in FILES]
     sizes = {path.name: path.stat().st_size for path in files if path.is_file()}
     return manifest if sizes == expected else manifest | {"stamp": ""}

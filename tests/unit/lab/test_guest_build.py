@@ -48,6 +48,18 @@ def test_a_missing_file_makes_them_stale(tmp_path: Path) -> None:
     assert manifest["stamp"] == ""
 
 
+def test_what_a_version_with_fewer_files_made_is_stale(tmp_path: Path) -> None:
+    make_artifacts(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["files"][build.FILES[-1]]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+
+    stale = build.read_manifest(tmp_path)
+
+    assert stale is not None
+    assert stale["stamp"] == ""
+
+
 def test_a_directory_without_manifest_is_not_ours(tmp_path: Path) -> None:
     assert build.read_manifest(tmp_path) is None
 

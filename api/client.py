@@ -44,6 +44,7 @@ from .models.vms import (
     DiskCreate,
     DiskPatch,
     NicCreate,
+    NicPatch,
     StopRequest,
     Vm,
     VmAction,
@@ -163,6 +164,10 @@ class HostelClient:
         """Start, pause, resume, stop, kill, reset or send Ctrl-Alt-Del."""
         path = url_path("vms", ref, action.value)
         return _outcome(self._send("POST", path, stop, {"wait": wait_s}), Vm)
+
+    def patch_nic(self, ref: str, nic_id: str, patch: NicPatch) -> Vm:
+        """Change a network interface."""
+        return _parse(self._send("PATCH", url_path("vms", ref, "nics", nic_id), patch), Vm)
 
     def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
         """Give a disk its new size or limits."""

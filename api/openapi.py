@@ -27,7 +27,16 @@ from .models.resources import (
     KernelImport,
     Operation,
 )
-from .models.vms import ConsoleInput, DiskPatch, StopRequest, Vm, VmCreate, VmPatch, VmStats
+from .models.vms import (
+    ConsoleInput,
+    DiskPatch,
+    NicPatch,
+    StopRequest,
+    Vm,
+    VmCreate,
+    VmPatch,
+    VmStats,
+)
 from .problem import PROBLEM_TYPE
 from .route import STREAMED
 
@@ -59,6 +68,7 @@ REQUEST_MODELS: Final[Sequence[type[BaseModel]]] = (
     VmCreate,
     VmPatch,
     DiskPatch,
+    NicPatch,
     StopRequest,
     KernelImport,
     ImageImport,

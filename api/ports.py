@@ -26,6 +26,7 @@ from .models.vms import (
     DiskCreate,
     DiskPatch,
     NicCreate,
+    NicPatch,
     StopRequest,
     Vm,
     VmAction,
@@ -142,6 +143,10 @@ class HostelService(Protocol):
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:
         """Grow a disk; a running guest is told."""
+        ...
+
+    async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:
+        """Change an interface; a running guest sees it."""
         ...
 
     async def attach(self, ref: str, wanted: DiskCreate | NicCreate, call: Call) -> Vm | Operation:

@@ -24,6 +24,7 @@ hosteld asks a worker, over its own listening socket (so that a later hosteld fi
     keep          {"device": id} takes a detach back -> Status, which tells who was faster
     resize_disk   {"disk": id} after the file has changed -> {"size_bytes"}
     limit_disk    {"disk": id, "rate_limit": as in DiskSpec} -> {}
+    set_nic       {"nic": id, "wishes": NicWishes} -> {}
     console_write {"data": base64} -> {"taken": n}
     stats         -> VmStats as api/models/vms.py has it, without memory_rss_bytes
     quit          ends the worker in good order -> {}
@@ -71,12 +72,48 @@ class DiskSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class NicWishes:
+    """What of an interface may change while its VM runs.
+
+    Attributes:
+        is_link_up: whether its cable is plugged in.
+        rx_limit: of what the guest receives, as DiskSpec's rate_limit.
+        tx_limit: of what it sends.
+    """
+
+    is_link_up: bool
+    rx_limit: dict[str, int]
+    tx_limit: dict[str, int]
+
+    @classmethod
+    def decode(cls, args: object) -> NicWishes:
+        """Build them from JSON.
+
+        Raises:
+            ProtocolError: a field is missing, unknown or of the wrong type.
+        """
+        try:
+            wishes = cls(**args)  # type: ignore[arg-type]  # checked by **
+        except TypeError as err:
+            raise ProtocolError(f"nic: {err}") from err
+        limits: tuple[object, ...] = (wishes.rx_limit, wishes.tx_limit)
+        are_limits = all(
+            isinstance(limit, dict) and all(type(n) is int for n in limit.values())
+            for limit in limits
+        )
+        if not are_limits or wishes.is_link_up not in (True, False):
+            raise ProtocolError("nic: is_link_up is a boolean, limits are objects of numbers")
+        return wishes
+
+
+@dataclass(frozen=True, slots=True)
 class NicSpec:
     """A virtio-net interface.
 
     Attributes:
-        tap_fds: a tap opened with IFF_VNET_HDR.
+        tap_fds: a tap opened with IFF_VNET_HDR, once for each pair of queues.
         vhost_fds: /dev/vhost-net for each of these, or empty: the worker moves packets itself.
+        wishes: what may change later.
         slot: of NIC_SLOTS; None for the first free one.
     """
 
@@ -85,13 +122,14 @@ class NicSpec:
     vhost_fds: tuple[int, ...]
     mac: str
     mtu: int | None
+    wishes: NicWishes
     slot: int | None = None
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> NicSpec:
         """Build the spec from JSON, which has no tuples."""
-        names = ("tap_fds", "vhost_fds")
-        return cls(**{**args, **{name: tuple(args[name]) for name in names}})
+        fds = {name: tuple(args[name]) for name in ("tap_fds", "vhost_fds")}
+        return cls(**{**args, **fds, "wishes": NicWishes.decode(args["wishes"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +194,11 @@ class MachineSpec:
             for disk in self.disks
         )
         return replace(self, disks=tuple(disks))
+
+    def with_nic_wishes(self, nic_id: str, wishes: NicWishes) -> MachineSpec:
+        """Return the spec with other wishes for one interface."""
+        nics = (replace(nic, wishes=wishes) if nic.id == nic_id else nic for nic in self.nics)
+        return replace(self, nics=tuple(nics))
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> MachineSpec:

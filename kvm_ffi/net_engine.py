@@ -17,6 +17,7 @@ from .engine import Engine, EngineFault, check, counters
 if TYPE_CHECKING:
     from ._kvm import CData
     from .memory import GuestMemory
+    from .rate_limiter import RateLimiter
     from .types import SupportsFd
     from .virtqueue import Virtqueue
 
@@ -27,6 +28,7 @@ MAX_PACKET_BYTES: Final = lib.NET_MAX_PACKET_BYTES
 _COUNTERS: Final = (
     "rx_packets", "rx_bytes", "rx_dropped", "tx_packets", "tx_bytes", "tx_dropped",
     "tx_malformed", "rx_kicks", "tx_kicks", "rx_interrupts", "tx_interrupts",
+    "rx_suppressed", "tx_suppressed", "rx_throttled", "tx_throttled",
 )  # fmt: skip
 
 
@@ -48,6 +50,8 @@ class NetEngine(Engine):
         fault: signalled when a ring breaks (run() returns False then) or when the tap is gone
             (the engine goes on, and drops what the guest sends).
         mergeable: VIRTIO_NET_F_MRG_RXBUF was negotiated: a packet may fill several chains.
+        rx_limiter, tx_limiter: of frames and their bytes; one that is still to be cut into
+            segments counts once. wake() the engine after a change.
 
     Raises:
         OSError: the tap's descriptor is not open.
@@ -66,6 +70,8 @@ class NetEngine(Engine):
         tx_irq: SupportsFd | None,
         fault: SupportsFd,
         mergeable: bool,
+        rx_limiter: RateLimiter | None = None,
+        tx_limiter: RateLimiter | None = None,
     ) -> None:
         os.set_blocking(tap_fd, False)
         config = ffi.new("struct net_config *")
@@ -78,9 +84,12 @@ class NetEngine(Engine):
         config.tx_irq_fd = -1 if tx_irq is None else tx_irq.fd
         config.fault_fd = fault.fd
         config.is_mergeable = mergeable
+        config.rx_limiter = ffi.NULL if rx_limiter is None else rx_limiter.raw
+        config.tx_limiter = ffi.NULL if tx_limiter is None else tx_limiter.raw
         created = ffi.new("struct net_engine **")
         check(lib.net_engine_create(config, created))
-        keepalive = (memory, rx, tx, rx_kick, tx_kick, rx_irq, tx_irq, fault)
+        wires = (rx_kick, tx_kick, rx_irq, tx_irq, fault)
+        keepalive = (memory, rx, tx, rx_limiter, tx_limiter, *wires)
         super().__init__(created[0], lib.net_engine_destroy, keepalive)
 
     def _run(self) -> int:
@@ -98,7 +107,9 @@ class NetEngine(Engine):
         """Counters since the start, rx_ and tx_ as the guest sees them; bytes are those of frames.
 
         `rx_dropped` did not fit the guest's buffers, `tx_dropped` were refused by the tap,
-        `tx_malformed` had no whole header, a writable buffer, or more than MAX_PACKET_BYTES. Each
+        `tx_malformed` had no whole header, a writable buffer, or more than MAX_PACKET_BYTES.
+        `_suppressed` is how often the driver wanted no interrupt, `_throttled` how often a packet
+        had to wait for a limit. Each
         value is exact; two values may be a packet apart.
         """
         stats = ffi.new("struct net_stats *")

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import artifacts, host, operations, vm
+from . import artifacts, devices, host, operations
 from .support import Where, group
 
 app = group(
@@ -20,7 +20,7 @@ app = group(
     "answers. The daemon is found by HOSTEL_URL (with HOSTEL_TOKEN), HOSTEL_SOCKET, the user's "
     "own socket, the system's socket, in this order.",
 )
-app.add_typer(vm.app, name="vm")
+app.add_typer(devices.app, name="vm")
 app.add_typer(artifacts.kernels, name="kernel")
 app.add_typer(artifacts.images, name="image")
 app.add_typer(operations.app, name="operation")

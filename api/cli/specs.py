@@ -4,8 +4,8 @@
 
 A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro ,size=MIB
 ,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES ,iops=OPERATIONS``.
-A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES``
-and ``,backend=auto|vhost|tap``.
+A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES
+,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``.
 A vsock device: ``auto`` or ``unix``, then ``,cid=N`` if it is to be a certain one.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 _DISK_WORDS: Final = {"cache": "cache", "io": "io_engine"}
 _DISK_RATES: Final = {"bps": "bytes_per_s", "iops": "ops_per_s"}
-_NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend")
+_NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend", "queues", "link")
 
 
 class BadSpec(ValueError):
@@ -61,7 +61,7 @@ def parse_nic(text: str) -> dict[str, Any]:
         if not equals or name not in _NIC_OPTIONS:
             known = ", ".join(_NIC_OPTIONS)
             raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: {known}")
-        nic[name] = _number(text, name, value) if name == "mtu" else value
+        nic[name] = _number(text, name, value) if name in {"mtu", "queues"} else value
     return nic
 
 

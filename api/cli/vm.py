@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -25,25 +25,20 @@ from .support import (
 
 if TYPE_CHECKING:
     from ..models.resources import Operation
-    from ..models.vms import DiskCreate, NicCreate, Vm, VmCreate, VmPatch
+    from ..models.vms import DiskCreate, NicCreate, NicPatch, Vm, VmCreate, VmPatch
 
-    W = TypeVar("W", VmCreate, VmPatch, DiskCreate, NicCreate)
+    W = TypeVar("W", VmCreate, VmPatch, DiskCreate, NicCreate, NicPatch)
 
 app = group("Create, see and steer virtual machines.")
 
 Ref = Annotated[str, typer.Argument(metavar="VM", help="Name or id.")]
-Pull = Annotated[
-    bool, typer.Option("--force", help="Pull it out without asking the guest; it may lose data.")
-]
-LetGo = Annotated[
-    float, typer.Option("--timeout", min=0, max=600, help="Seconds that the guest has to let go.")
-]
 Timeout = Annotated[
     float, typer.Option(min=0, max=3600, help="Seconds that the guest has to power off.")
 ]
 
 
-def _print_outcome(outcome: Vm | Operation, *, as_json: bool) -> None:
+def print_outcome(outcome: Vm | Operation, *, as_json: bool) -> None:
+    """Print what became of a request: the VM's state, or the operation that goes on."""
     if as_json:
         print_json(outcome)
         return
@@ -56,7 +51,7 @@ def _print_outcome(outcome: Vm | Operation, *, as_json: bool) -> None:
         tables.show_operation(outcome)
 
 
-def _read(build: Callable[[], W], model: type[W]) -> W:
+def read(build: Callable[[], W], model: type[W]) -> W:
     """Build a request from options; what cannot be one is a usage error."""
     from pydantic import ValidationError
 
@@ -85,7 +80,9 @@ def create(
     ] = None,
     nic: Annotated[
         list[str] | None,
-        typer.Option(help="ID, then ,tap= ,bridge= ,mac= ,mtu= or ,backend=. Again for more."),
+        typer.Option(
+            help="ID, then ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= or ,link=. Again for more."
+        ),
     ] = None,
     vsock: Annotated[
         str | None,
@@ -123,9 +120,9 @@ def create(
     with session(context) as client:
         from ..models.vms import Vm, VmCreate
 
-        request = _read(build, VmCreate)
+        request = read(build, VmCreate)
         outcome = client.create_vm(request, wait_s=0 if no_wait else 30)
-        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
+        print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
 
 
 @app.command("list")
@@ -191,133 +188,10 @@ def set_vm(
     with session(context) as client:
         from ..models.vms import VmPatch
 
-        patch = _read(build, VmPatch)
+        patch = read(build, VmPatch)
         if not wanted:
             fail("say what to set: see `hostel vm set --help`", EXIT_USAGE)
-        _print_outcome(client.patch_vm(vm, patch), as_json=as_json)
-
-
-@app.command("grow-disk")
-def grow_disk(
-    context: typer.Context,
-    vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
-    size: Annotated[int, typer.Argument(metavar="MIB", min=1, help="Its new size in MiB.")],
-    as_json: Json = False,
-) -> None:
-    """Give a disk more space; a running guest is told."""
-    with session(context) as client:
-        from ..models.vms import DiskPatch
-
-        changed = client.patch_disk(vm, disk, DiskPatch(size_mib=size))
-        if as_json:
-            print_json(changed)
-            return
-        now = next(found for found in changed.disks if found.id == disk)
-        print(f"disk {disk} is {now.size_bytes >> 20} MiB")
-
-
-@app.command("limit-disk")
-def limit_disk(
-    context: typer.Context,
-    vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
-    bps: Annotated[int | None, typer.Option(min=1, help="Bytes per second.")] = None,
-    iops: Annotated[int | None, typer.Option(min=1, help="Requests per second.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Limit a disk, at once; without limits, take away those that it has."""
-    with session(context) as client:
-        from ..models.vms import DiskPatch, RateLimit
-
-        limit = RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
-        changed = client.patch_disk(vm, disk, DiskPatch(rate_limit=limit))
-        if as_json:
-            print_json(changed)
-            return
-        told = " and ".join(
-            f"{value} {unit}/s" for value, unit in ((bps, "bytes"), (iops, "requests")) if value
-        )
-        print(f"disk {disk}: {told or 'no limit'}")
-
-
-@app.command("attach-disk")
-def attach_disk(
-    context: typer.Context,
-    vm: Ref,
-    disk: Annotated[str, typer.Argument(help="ID=image:NAME or ID=/FILE, then ,ro or ,size=MIB.")],
-    no_wait: NoWait = False,
-    as_json: Json = False,
-) -> None:
-    """Attach a disk; a running guest sees it at once."""
-    with session(context) as client:
-        from ..models.vms import DiskCreate, Vm
-
-        wanted = _read(lambda: DiskCreate.model_validate(parse_disk(disk)), DiskCreate)
-        outcome = client.attach(vm, wanted, wait_s=0 if no_wait else 30)
-        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
-
-
-@app.command("attach-nic")
-def attach_nic(
-    context: typer.Context,
-    vm: Ref,
-    nic: Annotated[str, typer.Argument(help="ID, then ,tap= ,bridge= ,mac= or ,mtu=.")],
-    no_wait: NoWait = False,
-    as_json: Json = False,
-) -> None:
-    """Attach a network interface; a running guest sees it at once."""
-    with session(context) as client:
-        from ..models.vms import NicCreate, Vm
-
-        wanted = _read(lambda: NicCreate.model_validate(parse_nic(nic)), NicCreate)
-        outcome = client.attach(vm, wanted, wait_s=0 if no_wait else 30)
-        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
-
-
-@app.command("detach-disk")
-def detach_disk(
-    context: typer.Context,
-    vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
-    force: Pull = False,
-    timeout: LetGo = 10,
-    no_wait: NoWait = False,
-    as_json: Json = False,
-) -> None:
-    """Detach a disk. A copy of an image is deleted; a disk used by path stays."""
-    how = {"force": force, "timeout_s": timeout, "wait_s": 0 if no_wait else 30}
-    _detach(context, vm, ("disk", disk), how, no_wait, as_json)
-
-
-@app.command("detach-nic")
-def detach_nic(
-    context: typer.Context,
-    vm: Ref,
-    nic: Annotated[str, typer.Argument(help="The interface's id.")],
-    force: Pull = False,
-    timeout: LetGo = 10,
-    no_wait: NoWait = False,
-    as_json: Json = False,
-) -> None:
-    """Detach a network interface."""
-    how = {"force": force, "timeout_s": timeout, "wait_s": 0 if no_wait else 30}
-    _detach(context, vm, ("nic", nic), how, no_wait, as_json)
-
-
-def _detach(
-    context: typer.Context,
-    vm: str,
-    device: tuple[Literal["disk", "nic"], str],
-    how: dict[str, Any],
-    no_wait: bool,
-    as_json: bool,
-) -> None:
-    with session(context) as client:
-        from ..models.vms import Vm
-
-        outcome = client.detach(vm, device, **how)
-        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
+        print_outcome(client.patch_vm(vm, patch), as_json=as_json)
 
 
 def _act(
@@ -335,7 +209,7 @@ def _act(
         request = None if stop is None else StopRequest.model_validate(stop)
         wait_s = 0 if no_wait else 30
         outcome = client.act_on_vm(vm, VmAction(action), request, wait_s=wait_s)
-        _print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
+        print_outcome(settle(client, outcome, Vm, no_wait=no_wait), as_json=as_json)
 
 
 @app.command()

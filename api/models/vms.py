@@ -58,6 +58,11 @@ NetBackend = Annotated[
     ),
 ]
 
+Link = Annotated[
+    Literal["up", "down"],
+    Field(description="Whether the cable is plugged in, as the guest and the host see it."),
+]
+
 
 DiskCache = Annotated[
     Literal["writeback", "none"],
@@ -172,6 +177,26 @@ class NicCreate(Request):
         default=None, description="An existing bridge of the host that the tap joins."
     )
     backend: NetBackend = "auto"
+    queues: int | None = Field(
+        default=None,
+        ge=1,
+        le=8,
+        description="Pairs of queues. Left out: one for each vCPU, at most 4, and one on a tap "
+        "that is there and has one.",
+    )
+    link: Link = "up"
+    rx_limit: RateLimit | None = Field(
+        default=None,
+        description="Of what the guest receives; an operation is a packet. What waits does so on "
+        "the tap, which drops what it has no room for. Not with backend vhost; auto is tap then.",
+    )
+    tx_limit: RateLimit | None = Field(default=None, description="Of what the guest sends.")
+
+    @model_validator(mode="after")
+    def _no_limited_vhost(self) -> NicCreate:
+        if self.backend == "vhost" and (self.rx_limit or self.tx_limit):
+            raise ValueError("`rx_limit` and `tx_limit` do not go with backend vhost: take auto")
+        return self
 
 
 class VsockCreate(Request):
@@ -257,6 +282,20 @@ class DiskPatch(Request):
         return self
 
 
+class NicPatch(Request):
+    """A change of a network interface, at once; what is left out stays."""
+
+    link: Link | None = None
+    rx_limit: RateLimit | None = Field(default=None, description="Null takes the limits away.")
+    tx_limit: RateLimit | None = Field(default=None, description="As rx_limit.")
+
+    @model_validator(mode="after")
+    def _something(self) -> NicPatch:
+        if self.link is None and not self.model_fields_set & {"rx_limit", "tx_limit"}:
+            raise ValueError("give `link`, `rx_limit` or `tx_limit`")
+        return self
+
+
 class StopRequest(Request):
     """How to stop: press the power button, wait, then kill."""
 
@@ -290,6 +329,10 @@ class Nic(Response):
     mtu: int | None
     bridge: str | None
     backend: NetBackend
+    queues: int = Field(description="Pairs of queues that it may have; a guest may use fewer.")
+    link: Link
+    rx_limit: RateLimit | None
+    tx_limit: RateLimit | None
 
 
 class Vsock(Response):
@@ -356,6 +399,17 @@ class DiskDetails(Response):
     )
 
 
+class NicDetails(Response):
+    """A network interface's queues, since the guest's driver started it."""
+
+    backend: Literal["vhost", "tap"] = Field(description="Who moves its packets.")
+    active_pairs: int = Field(description="Pairs of queues that the guest uses.")
+    queues: dict[str, dict[str, int]] = Field(
+        description="Counters of each queue that the VM's process serves: `rx0`, `tx0` and so on "
+        "with backend tap, and `control`."
+    )
+
+
 class VmStats(Response):
     """Counters of a running VM since its start."""
 
@@ -363,6 +417,7 @@ class VmStats(Response):
     disks: dict[str, dict[str, int]]
     disk_details: dict[str, DiskDetails] = Field(default_factory=dict)
     nics: dict[str, dict[str, int]]
+    nic_details: dict[str, NicDetails] = Field(default_factory=dict)
     vsock: dict[str, int] = Field(default_factory=dict, description="Empty without a vsock device.")
     memory_rss_bytes: int
     console_dropped_bytes: int

@@ -17,6 +17,7 @@ from ..models.vms import (
     DiskCreate,
     DiskPatch,
     NicCreate,
+    NicPatch,
     StopRequest,
     Vm,
     VmAction,
@@ -179,6 +180,23 @@ async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 
     ref, version = await precondition(request, vm, service_of(request).get_vm)
     call = call_of(request, wait, version)
     return vm_response(request, await service_of(request).patch_disk(ref, disk, patch, call))
+
+
+@router.patch(
+    "/{vm}/nics/{nic}",
+    summary="Change a network interface.",
+    responses={
+        **success(Vm, "The VM with the changed interface.", is_object=True),
+        **problems(404, 408, 409, 412, 413, 415, 507),
+    },
+    openapi_extra=takes(NicPatch, {"link": "down"}, has_if_match=True),
+)
+async def patch_nic(request: Request, vm: VmPath, nic: NicPath, wait: Wait = 1.0) -> Response:
+    """A running guest sees it at once: with `link`, its carrier goes or comes."""
+    patch = await read_model(request, NicPatch)
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
+    call = call_of(request, wait, version)
+    return vm_response(request, await service_of(request).patch_nic(ref, nic, patch, call))
 
 
 @router.post(

@@ -102,7 +102,7 @@ async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
     try:
         # The worker counts what its ring had no room for, and what the log could not take.
         lost = told.get("console_lost_bytes", 0)
-        _add_tap_counters(known.get("nics", {}), entry.record)
+        _add_tap_counters(known, entry.record)
         known["disk_details"] = {
             disk: _name_counters(details) for disk, details in known.get("disk_details", {}).items()
         }
@@ -115,11 +115,11 @@ async def vm_stats(runner: VmRunner, entry: VmEntry) -> VmStats:
         ) from err
 
 
-def _add_tap_counters(nics: dict[str, dict[str, int]], record: VmRecord) -> None:
+def _add_tap_counters(told: dict[str, Any], record: VmRecord) -> None:
     """Tell of interfaces that vhost serves, which counts nothing, what their taps have counted."""
     for nic in record.nics:
-        if not nics.get(nic.id, True):
-            nics[nic.id] = taps.counters(nic.tap)
+        if told.get("nic_details", {}).get(nic.id, {}).get("backend") == "vhost":
+            told["nics"][nic.id] = taps.counters(nic.tap)
 
 
 def _name_counters(details: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def _metrics(
             for device, counters in devices.items():
                 for counter, count in counters.items():
                     family.add_metric([name, device, counter], count)
-    yield from (rss, exits, dropped, disks, nics, queues, latency, vsocks)
+    yield from (rss, exits, dropped, disks, nics, queues, latency, vsocks, _nic_queues(stats))
 
 
 def _buckets(details: DiskDetails) -> list[tuple[str, float]]:
@@ -231,3 +231,17 @@ def _buckets(details: DiskDetails) -> list[tuple[str, float]]:
     limits = [*(f"{limit / 1e9:.9f}" for limit in details.latency_limits_ns), "+Inf"]
     counts = [sum(column) for column in zip(*details.latency, strict=True)] or [0] * len(limits)
     return list(zip(limits, itertools.accumulate(counts), strict=True))
+
+
+def _nic_queues(stats: list[tuple[str, VmStats]]) -> Metric:
+    family = CounterMetricFamily(
+        "hostel_vm_nic_queue",
+        "Interface counters of one queue by name.",
+        labels=["vm", "nic", "queue", "counter"],
+    )
+    for name, one in stats:
+        for nic, details in one.nic_details.items():
+            for queue, counters in details.queues.items():
+                for counter, count in counters.items():
+                    family.add_metric([name, nic, queue, counter], count)
+    return family

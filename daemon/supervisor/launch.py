@@ -16,7 +16,7 @@ from typing import Final, Self
 
 from api.errors import ApiError, HostFailure, Internal
 
-from ..protocol import DiskSpec, MachineSpec, NicSpec, VsockSpec
+from ..protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, VsockSpec
 from .disks import open_locked
 from .records import DiskRecord, KernelRecord, NicRecord, VmRecord
 from .taps import open_taps, open_vhost
@@ -82,7 +82,7 @@ async def prepare(
     kernel_fd = bag.add(_open_kept(boot.kernel_path))
     initrd_fd = None if boot.initrd_path is None else bag.add(_open_kept(boot.initrd_path))
     disks = [await open_disk(disk, index, bag) for index, disk in enumerate(record.disks)]
-    nics = [await open_nic(nic, index, bag) for index, nic in enumerate(record.nics)]
+    nics = [await open_nic(nic, index, record.vcpus, bag) for index, nic in enumerate(record.nics)]
     vsock = None
     if record.vsock is not None:
         vsock_fds = await _in_thread(bag, partial(open_vsock, record.vsock))
@@ -107,6 +107,11 @@ async def prepare(
     )
 
 
+def nic_wishes(nic: NicRecord) -> NicWishes:
+    """Return what may change of an interface while it runs."""
+    return NicWishes(nic.link == "up", nic.rx_limit, nic.tx_limit)
+
+
 async def open_disk(disk: DiskRecord, index: int, bag: FdBag) -> DiskSpec:
     """Open what is behind a disk, locked; raises as prepare()."""
     (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
@@ -117,11 +122,11 @@ def _open_disk(disk: DiskRecord, index: int) -> list[int]:
     return [open_locked(disk, index)]
 
 
-async def open_nic(nic: NicRecord, index: int, bag: FdBag) -> NicSpec:
-    """Open what is behind a network interface; raises as prepare()."""
-    tap_fds = await _in_thread(bag, partial(open_taps, nic, index))
+async def open_nic(nic: NicRecord, index: int, vcpus: int, bag: FdBag) -> NicSpec:
+    """Open what is behind a network interface of a VM of ``vcpus``; raises as prepare()."""
+    tap_fds = await _in_thread(bag, partial(open_taps, nic, index, nic.n_pairs(vcpus)))
     vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
-    return NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu, nic.slot)
+    return NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu, nic_wishes(nic), nic.slot)
 
 
 async def _in_thread(bag: FdBag, opener: Callable[[], list[int]]) -> tuple[int, ...]:

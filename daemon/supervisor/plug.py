@@ -263,7 +263,7 @@ async def _open(record: VmRecord, device: Device, bag: FdBag) -> dict[str, Any]:
     if isinstance(device, DiskRecord):
         args["disks"] = [asdict(await open_disk(device, len(record.disks), bag))]
     else:
-        args["nics"] = [asdict(await open_nic(device, len(record.nics), bag))]
+        args["nics"] = [asdict(await open_nic(device, len(record.nics), record.vcpus, bag))]
     return args
 
 

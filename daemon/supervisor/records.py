@@ -24,6 +24,10 @@ OnReboot = Literal["reset", "stop"]
 Cache = Literal["writeback", "none"]
 IoEngine = Literal["auto", "io_uring", "threads"]
 OnPanic = Literal["keep", "reset", "stop"]
+# One for each vCPU as long as their threads and buffers stay small beside a guest's own.
+MAX_AUTO_PAIRS: Final = 4
+
+Link = Literal["up", "down"]
 Backend = Literal["auto", "vhost", "tap"]
 
 
@@ -64,7 +68,15 @@ class NicRecord:
     mtu: int | None
     bridge: str | None
     backend: Backend = "auto"
+    queues: int | None = None  # pairs; None: as the vCPUs are
+    link: Link = "up"
+    rx_limit: dict[str, int] = field(default_factory=dict)
+    tx_limit: dict[str, int] = field(default_factory=dict)
     slot: int | None = None
+
+    def n_pairs(self, vcpus: int) -> int:
+        """Return how many pairs of queues it has in a VM of so many vCPUs."""
+        return self.queues or min(vcpus, MAX_AUTO_PAIRS)
 
 
 @dataclass(frozen=True, slots=True)

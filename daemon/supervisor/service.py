@@ -28,6 +28,7 @@ from api.models.vms import (
     DiskCreate,
     DiskPatch,
     NicCreate,
+    NicPatch,
     StopRequest,
     Vm,
     VmAction,
@@ -216,6 +217,14 @@ class Supervisor:
             entry = self._table.get(ref)
             change = self._maker.patch_disk(entry, disk_id, patch, _request(call))
             await self._tasks.complete(change, "change disk")
+            return self._model(entry)
+
+    async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:
+        """Change an interface; a running guest sees it."""
+        async with _door(f"change interface {nic_id} of VM {ref}"):
+            entry = self._table.get(ref)
+            change = self._maker.patch_nic(entry, nic_id, patch, _request(call))
+            await self._tasks.complete(change, "change interface")
             return self._model(entry)
 
     async def attach(self, ref: str, wanted: DiskCreate | NicCreate, call: Call) -> Vm | Operation:

@@ -30,6 +30,7 @@ _SYS_NET: Final = Path("/sys/class/net")
 # Linux include/uapi/linux/if_tun.h: TUNSETIFF is _IOW('T', 202, int).
 _TUNSETIFF: Final = (1 << 30) | (4 << 16) | (ord("T") << 8) | 202
 _IFF_TAP: Final = 0x0002
+_IFF_MULTI_QUEUE: Final = 0x0100
 _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 # Linux include/uapi/linux/sockios.h and if.h.
@@ -78,12 +79,14 @@ def check_bridge(name: str, field: str) -> None:
         )
 
 
-def open_taps(nic: NicRecord, index: int) -> list[int]:
-    """Open a VM's tap, up and on its bridge, and return its descriptor.
+def open_taps(nic: NicRecord, index: int, n_pairs: int) -> list[int]:
+    """Open a VM's tap, up and on its bridge, and return a descriptor for each of its queues.
 
     Args:
         nic: what the tap must be.
         index: of the interface in its VM, for errors.
+        n_pairs: how many queues it is to have; a tap that is there and has one queue keeps it,
+            unless the VM insists.
 
     Raises:
         ApiError: it is in use, not ours to use, or the host cannot make it; says what to do.
@@ -91,21 +94,72 @@ def open_taps(nic: NicRecord, index: int) -> list[int]:
     Threads: any; may block for the kernel's network lock.
     """
     field = f"nics.{index}.tap"
+    wanted = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+    have = _tun_flags(nic.tap)
+    if have is None:
+        wanted |= _IFF_MULTI_QUEUE if n_pairs > 1 else 0
+    elif have & _IFF_MULTI_QUEUE:
+        wanted |= _IFF_MULTI_QUEUE
+    elif n_pairs > 1:
+        n_pairs = _one_queue(nic, index)
+    fds: list[int] = []
     try:
-        fd = os.open(_TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        for _ in range(n_pairs):
+            fds.append(_open_tun())
+            _attach(fds[-1], nic.tap, wanted, field)
+        if wanted & _IFF_MULTI_QUEUE:
+            _check_alone(nic.tap, n_pairs, field)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            _configure(sock, nic, index)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
+def _open_tun() -> int:
+    try:
+        return os.open(_TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as err:
         raise HostFailure(
             "tun_unavailable",
             f"{_TUN_DEVICE}: {err.strerror}; load it with: modprobe tun, and check its permissions",
         ) from err
+
+
+def _tun_flags(name: str) -> int | None:
+    """Return the flags of a tap that is there already, or None."""
     try:
-        _attach(fd, nic.tap, field)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            _configure(sock, nic, index)
-    except BaseException:
-        os.close(fd)
-        raise
-    return [fd]
+        return int((_SYS_NET / name / "tun_flags").read_text(), 16)
+    except OSError:
+        return None
+
+
+def _one_queue(nic: NicRecord, index: int) -> int:
+    """Make do with a tap's one queue.
+
+    Raises:
+        Invalid: the VM asks for more by name.
+    """
+    if nic.queues is None:
+        return 1
+    raise Invalid(
+        "tap_queues",
+        f"queues={nic.queues}: tap {nic.tap} was made with one; make it with multi_queue, or leave"
+        " queues out",
+        field=f"nics.{index}.queues",
+    )
+
+
+def _check_alone(name: str, n_queues: int, field: str) -> None:
+    """Refuse a tap that others read as well: one of several queues takes any number of readers.
+
+    Raises:
+        Conflict: it has more queues than we have opened.
+    """
+    if len(list((_SYS_NET / name / "queues").glob("tx-*"))) > n_queues:
+        raise Conflict("tap_in_use", f"tap {name} is in use by another program", field=field)
 
 
 def open_vhost(nic: NicRecord, index: int, count: int) -> list[int]:
@@ -122,8 +176,8 @@ def open_vhost(nic: NicRecord, index: int, count: int) -> list[int]:
     Threads: any; may block while the kernel loads the module.
     """
     fds: list[int] = []
-    if nic.backend == "tap":
-        return fds
+    if nic.backend == "tap" or nic.rx_limit or nic.tx_limit:
+        return fds  # vhost knows no limits
     try:
         for _ in range(count):
             fds.append(os.open(_VHOST_DEVICE, os.O_RDWR | os.O_CLOEXEC))
@@ -152,8 +206,8 @@ def counters(tap: str) -> dict[str, int]:
         return {}
 
 
-def _attach(fd: int, name: str, field: str) -> None:
-    request = _IFREQ_FLAGS.pack(name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+def _attach(fd: int, name: str, flags: int, field: str) -> None:
+    request = _IFREQ_FLAGS.pack(name.encode(), flags)
     try:
         fcntl.ioctl(fd, _TUNSETIFF, request)
     except OSError as err:
@@ -173,7 +227,7 @@ def _attach_error(err: OSError, name: str, field: str) -> ApiError:
     if err.errno == errno.EINVAL:
         return Invalid(
             "tap_taken",
-            f"{name} is there and is no single-queue tap; choose another name",
+            f"{name} is there and is no tap with vnet_hdr; choose another name",
             field=field,
         )
     return HostFailure("tap_failed", f"tap {name}: {err.strerror}", field=field)

@@ -10,22 +10,22 @@ import logging
 import shutil
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from api.errors import HostFailure, Invalid, NotFound
 from api.models.common import ObjectRef
-from api.models.vms import DiskPatch, Vm, VmCreate, VmPatch, VmState
+from api.models.vms import DiskPatch, NicPatch, Vm, VmCreate, VmPatch, VmState
 
 from ..images.importer import clone_disk
 from . import disks, lifecycle, vsock
 from .dirs import Layout, Reserve
-from .launch import MIB, FdBag
+from .launch import MIB, FdBag, nic_wishes
 from .library import Library
 from .operations import Job
-from .records import DiskRecord, VmRecord
+from .records import DiskRecord, NicRecord, VmRecord
 from .store import StoreFull
 from .vm_plan import Planner, limits_of
 from .vm_run import Request, VmRunner
@@ -241,6 +241,30 @@ class VmMaker:
         if entry.worker is not None and entry.record.state in _HAS_DISKS:
             await self._runner.ask(entry, op, {"disk": disk_id, **args})
 
+    async def patch_nic(
+        self, entry: VmEntry, nic_id: str, patch: NicPatch, request: Request
+    ) -> None:
+        """Change an interface and tell a running guest.
+
+        Raises:
+            ApiError: no such interface, or its tap is gone.
+        """
+        async with entry.lock:
+            entry.check_present()
+            entry.check_version(request.if_match)
+            nic = _find_nic(entry.record, nic_id)
+            wanted = _patched(nic, patch)
+            if wanted == nic:
+                return
+            # The worker first: it may have to refuse limits, and its tap may be gone.
+            if entry.record.state in (VmState.RUNNING, VmState.PAUSED):
+                told = {"nic": nic_id, "wishes": asdict(nic_wishes(wanted))}
+                await self._runner.ask(entry, "set_nic", told)
+            changed = tuple(wanted if other is nic else other for other in entry.record.nics)
+            fields = sorted(patch.model_fields_set)
+            event = entry.event("nic_changed", request.actor, nic=nic_id, fields=fields)
+            await self._table.record(entry, event, nics=changed)
+
     # --- delete
 
     async def delete(self, entry: VmEntry, force: bool, request: Request) -> None:
@@ -323,3 +347,30 @@ def _find_disk(record: VmRecord, disk_id: str) -> DiskRecord:
 
 def _with_disk(record: VmRecord, disk_id: str, **changes: Any) -> tuple[DiskRecord, ...]:  # noqa: ANN401 - any field
     return tuple(replace(disk, **changes) if disk.id == disk_id else disk for disk in record.disks)
+
+
+def _find_nic(record: VmRecord, nic_id: str) -> NicRecord:
+    nic = next((nic for nic in record.nics if nic.id == nic_id), None)
+    if nic is None:
+        raise NotFound("nic_not_found", f"VM {record.name} has no network interface {nic_id}")
+    return nic
+
+
+def _patched(nic: NicRecord, patch: NicPatch) -> NicRecord:
+    """Return an interface with a patch applied.
+
+    Raises:
+        Invalid: it insists on vhost, which knows no limits.
+    """
+    wanted = nic if patch.link is None else replace(nic, link=patch.link)
+    if "rx_limit" in patch.model_fields_set:
+        wanted = replace(wanted, rx_limit=limits_of(patch.rx_limit))
+    if "tx_limit" in patch.model_fields_set:
+        wanted = replace(wanted, tx_limit=limits_of(patch.tx_limit))
+    if nic.backend == "vhost" and (wanted.rx_limit or wanted.tx_limit):
+        raise Invalid(
+            "vhost_unlimited",
+            f"interface {nic.id} has backend vhost, which knows no limits; make it with auto",
+            field="rx_limit" if wanted.rx_limit else "tx_limit",
+        )
+    return wanted

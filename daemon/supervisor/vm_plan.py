@@ -275,7 +275,9 @@ class Planner:
             if nic.bridge is not None:
                 taps.check_bridge(nic.bridge, f"nics.{index}.bridge")
             mac = nic.mac or derive_mac(vm_id, nic.id)
-            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge, nic.backend, slot))
+            limits = limits_of(nic.rx_limit), limits_of(nic.tx_limit)
+            own = nic.backend, nic.queues, nic.link
+            records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge, *own, *limits, slot))
         return tuple(records)
 
     def _check_tap(self, tap: str, index: int, siblings: list[NicRecord]) -> None:

@@ -342,7 +342,7 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
                 size_bytes=disk.size_bytes,
                 cache=disk.cache,
                 io_engine=disk.io_engine,
-                rate_limit=RateLimit(**disk.rate_limit) if disk.rate_limit else None,
+                rate_limit=_limit(disk.rate_limit),
             )
             for disk in record.disks
         ],
@@ -354,6 +354,10 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
                 mtu=nic.mtu,
                 bridge=nic.bridge,
                 backend=nic.backend,
+                queues=nic.n_pairs(record.vcpus),
+                link=nic.link,
+                rx_limit=_limit(nic.rx_limit),
+                tx_limit=_limit(nic.tx_limit),
             )
             for nic in record.nics
         ],
@@ -370,3 +374,7 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
         started_at=record.started_at,
         version=record.version,
     )
+
+
+def _limit(limits: dict[str, int]) -> RateLimit | None:
+    return RateLimit(**limits) if limits else None

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -17,6 +17,7 @@ from devices.acpi.config import AcpiConfig
 from devices.acpi.power import GenericEventDevice, PowerControl
 from devices.acpi.tables import build_tables
 from devices.bus import AddressWindow, Bus
+from devices.errors import BackendError
 from devices.event_loop import EventLoop
 from devices.legacy.boot_timer import BootTimer
 from devices.legacy.cmos_rtc import CmosRtc
@@ -26,13 +27,11 @@ from devices.legacy.serial import SerialPort
 from devices.pci.host import PciHost
 from devices.platform import IrqLine
 from devices.virtio.blk import VirtioBlk
-from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
-from devices.virtio.rng import VirtioRng
 from devices.virtio.vsock import VirtioVsock
 from kvm_ffi import exits, x86_64
-from kvm_ffi.blk_engine import SECTOR_BYTES, IoEngine
+from kvm_ffi.blk_engine import SECTOR_BYTES
 from kvm_ffi.errors import KvmError
 from kvm_ffi.exits import ExitTable
 from kvm_ffi.irq_routing import IrqRouter
@@ -42,22 +41,14 @@ from kvm_ffi.system import HostFacts, Kvm
 from kvm_ffi.types import Gpa
 from kvm_ffi.vcpu import Vcpu
 
-from ..errors import ProtocolError, WorkerError
-from ..protocol import (
-    DISK_SLOTS,
-    NIC_SLOTS,
-    OTHER_SLOTS,
-    DiskSpec,
-    MachineSpec,
-    NicSpec,
-    VsockSpec,
-)
+from ..errors import WorkerError
+from ..protocol import MachineSpec, NicWishes
 from . import boot, layout
+from .device_makers import MachineFds, make_with_copies, virtio_devices
 from .slots import VirtioSlots
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
 _generations = itertools.count(1)
-_RELEASED: Final = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +69,10 @@ class MachineEvent:
     detail: dict[str, Any] = field(default_factory=dict)
     at_ns: int = field(default_factory=time.monotonic_ns)
 
-
-class MachineFds:
-    """The descriptors that a launch brought; they outlive a reset of the machine."""
-
-    def __init__(self, fds: tuple[int, ...]) -> None:
-        self._fds = list(fds)
-
-    def __len__(self) -> int:
-        return len(self._fds)
-
-    def __getitem__(self, index: int) -> int:
-        """Return a descriptor by the index that a spec names.
-
-        Raises:
-            ProtocolError: the spec names one that the message did not bring.
-        """
-        if not 0 <= index < len(self._fds) or self._fds[index] == _RELEASED:
-            raise ProtocolError(f"the spec names descriptor {index} of {len(self._fds)}")
-        return self._fds[index]
-
-    def extend(self, fds: tuple[int, ...]) -> None:
-        """Take over the descriptors of a device that is attached."""
-        self._fds.extend(fds)
-
-    def release(self, fds: tuple[int, ...]) -> None:
-        """Close those of a device that is detached; indexes stay what they are."""
-        for fd in fds:
-            self._fds[self._fds.index(fd)] = _RELEASED
-            os.close(fd)
-
-    def close(self) -> None:
-        """Close them all."""
-        self.release(tuple(fd for fd in self._fds if fd != _RELEASED))
-        self._fds.clear()
+    @property
+    def reason(self) -> dict[str, Any]:
+        """Why the VM is in its state from then on, as a Status has it."""
+        return {"code": self.code, "message": self.message, "detail": self.detail}
 
 
 class Machine:
@@ -233,8 +194,8 @@ class Machine:
         )
         self._virtio = VirtioSlots(self._pci, self._ged, self._pio, wrap, self._on_ejected)
         stack.callback(self._virtio.close)
-        for make, device_fds, slots in _virtio_devices(spec, fds):
-            self._virtio.add(_make_with_copies(make, device_fds), slots, device_fds)
+        for make, device_fds, slots in virtio_devices(spec, fds):
+            self._virtio.add(make_with_copies(make, device_fds), slots, device_fds)
 
     def _create_vcpus(
         self, kvm: Kvm, spec: MachineSpec, state: boot.BootState, stack: contextlib.ExitStack
@@ -318,6 +279,26 @@ class Machine:
             raise WorkerError("no_such_disk", f"the VM has no disk {disk_id!r}")
         return device
 
+    def set_nic(self, nic_id: str, wishes: NicWishes) -> None:
+        """Change an interface's limits, and plug or unplug its cable.
+
+        Raises:
+            WorkerError: the VM has no such interface, a limit is none or out of range, vhost
+                serves the interface and knows no limits, or its tap is gone.
+        """
+        device = self._virtio.get(nic_id)
+        if not isinstance(device, VirtioNet):
+            raise WorkerError("no_such_nic", f"the VM has no interface {nic_id!r}")
+        try:
+            device.set_limits(RateLimit(**wishes.rx_limit), RateLimit(**wishes.tx_limit))
+            device.set_link(wishes.is_link_up)
+        except BackendError as err:
+            raise WorkerError("vhost_unlimited", str(err)) from err
+        except (TypeError, ValueError) as err:
+            raise WorkerError("bad_limit", f"interface {nic_id}: {err}") from err
+        except OSError as err:
+            raise WorkerError("tap_lost", f"interface {nic_id}: {err.strerror}") from err
+
     def attach(self, spec: MachineSpec, fds: MachineFds) -> None:
         """Add the disks and network interfaces of a spec, and tell the guest; all or none.
 
@@ -326,8 +307,8 @@ class Machine:
         """
         added: list[str] = []
         try:
-            for make, device_fds, slots in _virtio_devices(spec, fds):
-                device = _make_with_copies(make, device_fds)
+            for make, device_fds, slots in virtio_devices(spec, fds):
+                device = make_with_copies(make, device_fds)
                 self._virtio.add(device, slots, device_fds)
                 added.append(device.name)
         except BaseException:
@@ -375,6 +356,11 @@ class Machine:
                 stats[kind][device.name] = device.stats()
             elif isinstance(device, VirtioVsock):
                 stats["vsock"] = device.stats()
+        stats["nic_details"] = {
+            device.name: device.details()
+            for device in self._virtio
+            if isinstance(device, VirtioNet)
+        }
         stats["console_dropped_bytes"] = self.serial.stats()["dropped_bytes"]
         return stats
 
@@ -422,68 +408,6 @@ _FATAL: Final = {
     exits.EXIT_HLT: ("guest_halted", "halted without interrupts"),
     EXIT_DEFECT: ("worker_defect", "its thread failed; the worker's log has the trace"),
 }
-
-
-_DeviceMaker = Callable[[list[int]], VirtioDevice]
-
-
-def _virtio_devices(
-    spec: MachineSpec, fds: MachineFds
-) -> Iterator[tuple[_DeviceMaker, tuple[int, ...], Sequence[int]]]:
-    """Yield how to make each device, the descriptors behind it, and where it may go."""
-    for disk in spec.disks:
-        yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],), _slots(disk.slot, DISK_SLOTS)
-    for nic in spec.nics:
-        nic_fds = tuple(fds[index] for index in (*nic.tap_fds, *nic.vhost_fds))
-        yield partial(_make_nic, nic), nic_fds, _slots(nic.slot, NIC_SLOTS)
-    if spec.vsock is not None:
-        vsock = spec.vsock
-        yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
-    if spec.rng:
-        yield lambda _: VirtioRng(), (), OTHER_SLOTS
-
-
-def _slots(wanted: int | None, free: range) -> Sequence[int]:
-    return free if wanted is None else (wanted,)
-
-
-def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:
-    # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
-    return VirtioBlk(
-        disk.id,
-        fds[0],
-        path=disk.id,
-        is_read_only=disk.read_only,
-        serial=disk.id,
-        n_queues=vcpus,
-        io_engine=IoEngine(disk.io_engine),
-        limit=RateLimit(**disk.rate_limit),
-    )
-
-
-def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
-    n_pairs = len(nic.tap_fds)
-    mac = bytes.fromhex(nic.mac.replace(":", ""))
-    return VirtioNet(
-        nic.id, fds[:n_pairs], vhost_fds=fds[n_pairs:], path=nic.id, mac=mac, mtu=nic.mtu
-    )
-
-
-def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
-    return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
-
-
-def _make_with_copies(make: _DeviceMaker, fds: tuple[int, ...]) -> VirtioDevice:
-    """Make a device with descriptors of its own: it will close them, and a reset needs them."""
-    copies: list[int] = []
-    try:
-        for fd in fds:
-            copies.append(os.dup(fd))
-        return make(copies)
-    except BaseException:
-        for copy in copies:
-            os.close(copy)
-        raise
 
 
 def _boot_source(spec: MachineSpec, fds: MachineFds) -> boot.BootSource:

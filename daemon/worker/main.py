@@ -34,10 +34,11 @@ from kvm_ffi.vcpu import install_kick_signal
 from .. import protocol
 from ..errors import ProtocolError, WorkerError
 from ..images.errors import ImageError
-from ..protocol import MachineSpec, Status
+from ..protocol import MachineSpec, NicWishes, Status
 from .console import BoundedLog, WorkerLog
 from .control import ControlServer
-from .machine import Machine, MachineEvent, MachineFds
+from .device_makers import MachineFds
+from .machine import Machine, MachineEvent
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class Worker:
             "limit_disk": self._on_limit_disk,
             "detach": self._on_detach,
             "keep": self._on_keep,
+            "set_nic": self._on_set_nic,
             "console_write": self._on_console_write,
             "stats": self._on_stats,
             "quit": self._on_quit,
@@ -259,6 +261,13 @@ class Worker:
         self._spec = self._spec.with_disk_limit(disk_id, limits)
         return {}
 
+    def _on_set_nic(self, args: dict[str, Any]) -> dict[str, Any]:
+        nic_id, wishes = str(args.get("nic")), NicWishes.decode(args.get("wishes"))
+        self._need("running", "paused").set_nic(nic_id, wishes)
+        assert self._spec is not None
+        self._spec = self._spec.with_nic_wishes(nic_id, wishes)
+        return {}
+
     def _on_attach(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
         try:
             machine = self._need("running")
@@ -360,7 +369,7 @@ class Worker:
         elif event.code == "guest_panic":
             policy = self._policy("on_panic")
             if policy == "keep":
-                self._set_state(self._status.state, _reason(event))
+                self._set_state(self._status.state, event.reason)
             else:
                 self._on_guest_reset(event, policy)
         else:
@@ -378,7 +387,7 @@ class Worker:
             return
         assert self._machine is not None
         self._machine.stop()
-        self._status = replace(self._status, reason=_reason(event))
+        self._status = replace(self._status, reason=event.reason)
         self._reset_due = max(time.monotonic(), self._last_reset + MIN_RESET_INTERVAL_S)
 
     def _crash(self, event: MachineEvent) -> None:
@@ -386,7 +395,7 @@ class Worker:
         assert self._machine is not None
         self._machine.stop()
         self._reset_due = None
-        self._set_state("crashed", _reason(event))
+        self._set_state("crashed", event.reason)
         self._write_last_words()
 
     # --- state
@@ -488,7 +497,3 @@ class Worker:
             self._machine.serial.output.drain()
             # One piece a round: what remains signals again, and others get their turn.
             self._console.append(self._machine.serial.read_output())
-
-
-def _reason(event: MachineEvent) -> dict[str, Any]:
-    return {"code": event.code, "message": event.message, "detail": event.detail}

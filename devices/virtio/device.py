@@ -186,7 +186,7 @@ class KickedDevice(VirtioDevice):
             queue = activation.queues[queue_index]
             self._counts["kicks"] += 1
             try:
-                self._drain(queue_index, queue)
+                self._counts.update(serve_slowly(queue, partial(self.handle, queue_index)))
             except GuestError as err:
                 self._fault = str(err)
                 self._guest_log.warning("%s: %s", self.name, err)
@@ -197,25 +197,41 @@ class KickedDevice(VirtioDevice):
         names = ("kicks", "requests", "written_bytes", "interrupts")
         return {name: self._counts[name] for name in names}
 
-    def _drain(self, queue_index: int, enabled: EnabledQueue) -> None:
-        queue = enabled.queue
-        # A driver that adds chains as fast as they are served must not hold the loop forever:
-        # after one queue's worth the others get their turn.
-        for _ in range(queue.size):
-            chain = queue.pop()
-            if chain is None:
-                if not queue.enable_kick():
-                    break
-                continue
-            written = self.handle(queue_index, chain)
-            queue.add_used(chain, written)
-            self._counts["requests"] += 1
-            self._counts["written_bytes"] += written
-        else:
-            enabled.kick.signal()
-        if queue.publish() and enabled.irq is not None:
-            self._counts["interrupts"] += 1
-            enabled.irq.signal()
+
+def serve_slowly(enabled: EnabledQueue, handle: Callable[[DescriptorChain], int]) -> dict[str, int]:
+    """Serve what a queue holds in Python, publish once, interrupt at most once.
+
+    Args:
+        enabled: the queue; not one that an engine serves.
+        handle: serves one request and returns the bytes written to its writable part.
+
+    Returns:
+        How many requests, written_bytes and interrupts that were.
+
+    Raises:
+        GuestError: the ring or a request is malformed; the device needs a reset.
+    """
+    queue = enabled.queue
+    requests = written_bytes = 0
+    # A driver that adds chains as fast as they are served must not hold the loop forever:
+    # after one queue's worth the others get their turn.
+    for _ in range(queue.size):
+        chain = queue.pop()
+        if chain is None:
+            if not queue.enable_kick():
+                break
+            continue
+        written = handle(chain)
+        queue.add_used(chain, written)
+        requests += 1
+        written_bytes += written
+    else:
+        enabled.kick.signal()
+    counts = {"requests": requests, "written_bytes": written_bytes, "interrupts": 0}
+    if queue.publish() and enabled.irq is not None:
+        counts["interrupts"] = 1
+        enabled.irq.signal()
+    return counts
 
 
 class EngineDevice(VirtioDevice):
@@ -227,7 +243,7 @@ class EngineDevice(VirtioDevice):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._engines: tuple[DataPath, ...] = ()
-        self._threads: tuple[threading.Thread, ...] = ()
+        self._threads: dict[DataPath, threading.Thread] = {}
         self._is_quiesced = False
         self._failure: str | None = None
         self._totals: Counter[str] = Counter()
@@ -259,7 +275,7 @@ class EngineDevice(VirtioDevice):
                 self._start(engine, activation)
 
     def _start(self, engine: DataPath, activation: Activation) -> None:
-        if self._is_quiesced:
+        if self._is_held:
             engine.quiesce()
         else:
             engine.resume()
@@ -272,12 +288,26 @@ class EngineDevice(VirtioDevice):
             thread.start()
         except RuntimeError as err:
             raise BackendError(self.name, str(err)) from err
-        self._threads += (thread,)
+        self._threads[engine] = thread
+
+    def _end(self, engine: DataPath) -> None:
+        """Stop one engine for good, keep its counters; called under the device's lock."""
+        engine.stop()
+        if thread := self._threads.pop(engine, None):
+            thread.join()
+        self._totals.update(self.engine_stats(engine))
+        engine.close()
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether engines are to hold still."""
+        return self._is_quiesced
 
     def reset(self) -> None:
         """Stop the engines and wait for their threads: for the request in hand, no longer."""
         with self._lock:
-            engines, threads = self._engines, self._threads
+            engines, threads = self._engines, tuple(self._threads.values())
+            self._activation = None  # from here on nobody adds an engine
             for engine in engines:
                 engine.stop()
         # Not under the lock: a slow disk here must not keep stats() or a pause waiting. The
@@ -286,9 +316,8 @@ class EngineDevice(VirtioDevice):
             thread.join()
         with self._lock:
             for engine in engines:
-                self._totals.update(self.engine_stats(engine))
-                engine.close()
-            self._engines, self._threads, self._activation = (), (), None
+                self._end(engine)
+            self._engines = ()
             self._failure = None
 
     def quiesce(self) -> None:
@@ -302,8 +331,7 @@ class EngineDevice(VirtioDevice):
                 for engine in self._engines:
                     engine.quiesce()
             except TimeoutError:
-                for engine in self._engines:
-                    engine.resume()
+                self._let_go()
                 raise
             self._is_quiesced = True
 
@@ -311,6 +339,11 @@ class EngineDevice(VirtioDevice):
         """Let the engines go on."""
         with self._lock:
             self._is_quiesced = False
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Let the engines go on unless something else holds them; under the device's lock."""
+        if not self._is_held:
             for engine in self._engines:
                 engine.resume()
 

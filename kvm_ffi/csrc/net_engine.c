@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 _Static_assert(sizeof(struct virtio_net_hdr_v1) == NET_HEADER_BYTES, "the header the tap uses");
@@ -17,6 +18,7 @@ _Static_assert(sizeof(struct virtio_net_hdr_v1) == NET_HEADER_BYTES, "the header
 /* Packets per direction between two looks at everything else, so that neither direction,
  * nor a quiesce, starves; also the most that one interrupt covers. */
 #define BURST_PACKETS 64
+#define NS_PER_SEC 1000000000u
 /* readv(2) takes IOV_MAX; one entry is the spare. */
 #define RX_MAX_IOV (VIRTQUEUE_MAX_SIZE - 1)
 
@@ -35,6 +37,9 @@ struct net_engine {
 	bool is_tap_ready; /* the tap may have a packet: no EAGAIN since poll(2) said so */
 	bool is_rx_starved; /* the receive ring ran empty and a kick was asked for */
 	bool is_tap_dead;
+	/* CLOCK_MONOTONIC, until when a limit lets nothing through; 0: it does. */
+	uint64_t rx_held_ns;
+	uint64_t tx_held_ns;
 	/* Receive buffers, gathered for the largest packet: n_slots chains from
 	 * slots[first_slot], whose n_iov entries start at iov[first_iov]. A slot has at
 	 * least one entry, so room in iov is room in slots. */
@@ -93,12 +98,47 @@ static void lose_tap(struct net_engine *engine)
 	signal_fault(engine, ENGINE_FAULT_BACKEND);
 }
 
-static void publish(struct virtqueue *vq, int irq_fd, uint64_t *interrupts)
+static void publish(struct virtqueue *vq, int irq_fd, uint64_t *interrupts, uint64_t *suppressed)
 {
-	if (!virtqueue_publish(vq) || irq_fd < 0)
-		return;
-	engine_count(interrupts, 1);
-	engine_signal_fd(irq_fd);
+	bool is_news = vq->next_used != vq->published_used;
+
+	if (virtqueue_publish(vq) && irq_fd >= 0) {
+		engine_count(interrupts, 1);
+		engine_signal_fd(irq_fd);
+	} else if (is_news) {
+		engine_count(suppressed, 1);
+	}
+}
+
+static uint64_t clock_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * NS_PER_SEC + (uint64_t)now.tv_nsec;
+}
+
+static bool is_limited(const struct rate_limiter *limiter)
+{
+	return limiter && rate_limiter_is_limited(limiter);
+}
+
+/* Have a direction wait for a limit: whether it must. */
+static bool hold(uint64_t wait_ns, uint64_t now_ns, uint64_t *held_ns, uint64_t *throttled)
+{
+	if (wait_ns == 0)
+		return false;
+	*held_ns = now_ns + wait_ns;
+	engine_count(throttled, 1);
+	return true;
+}
+
+/* Whether a limit still holds a direction. */
+static bool is_held(uint64_t *held_ns)
+{
+	if (*held_ns != 0 && clock_ns() >= *held_ns)
+		*held_ns = 0;
+	return *held_ns != 0;
 }
 
 /* Pop one receive chain behind the gathered ones: 1, 0 no more or no room, -EPROTO. */
@@ -205,18 +245,28 @@ static void rx_deliver(struct net_engine *engine, uint32_t len)
 /* Receive one packet: 1 there may be more, 0 not now, -EPROTO. */
 static int rx_packet(struct net_engine *engine)
 {
+	struct rate_limiter *limiter = engine->config.rx_limiter;
 	uint32_t end;
 	ssize_t got;
 	int ret = rx_gather(engine);
 
 	if (ret < 0 || engine->n_slots == 0)
 		return ret;
+	if (is_limited(limiter)) {
+		uint64_t now_ns = clock_ns();
+
+		if (hold(rate_limiter_wait(limiter, now_ns), now_ns, &engine->rx_held_ns,
+			 &engine->stats.rx_throttled))
+			return 0;
+	}
 	/* A tap cuts a packet to fit and does not say so. One byte in the spare does. */
 	end = engine->first_iov + engine->n_iov;
 	engine->iov[end].iov_base = &engine->spare;
 	engine->iov[end].iov_len = sizeof(engine->spare);
 	got = readv(engine->config.tap_fd, engine->iov + engine->first_iov, (int)engine->n_iov + 1);
 	if (got > 0) {
+		if (is_limited(limiter) && got > (ssize_t)NET_HEADER_BYTES)
+			rate_limiter_charge(limiter, (uint32_t)got - NET_HEADER_BYTES);
 		if (got < (ssize_t)NET_HEADER_BYTES || got > (ssize_t)engine->gathered)
 			engine_count(&engine->stats.rx_dropped, 1);
 		else
@@ -241,7 +291,7 @@ static int serve_rx(struct net_engine *engine)
 	/* Guest-controlled: the receive ring. */
 	int ret = 1;
 
-	if (!engine->is_tap_ready || engine->is_rx_starved)
+	if (!engine->is_tap_ready || engine->is_rx_starved || is_held(&engine->rx_held_ns))
 		return 0;
 	virtqueue_disable_kick(engine->config.rx);
 	for (int i = 0; i < BURST_PACKETS && ret > 0; i++)
@@ -252,7 +302,8 @@ static int serve_rx(struct net_engine *engine)
 	engine->first_slot = engine->n_slots = 0;
 	engine->first_iov = engine->n_iov = 0;
 	engine->gathered = 0;
-	publish(engine->config.rx, engine->config.rx_irq_fd, &engine->stats.rx_interrupts);
+	publish(engine->config.rx, engine->config.rx_irq_fd, &engine->stats.rx_interrupts,
+		&engine->stats.rx_suppressed);
 	return ret;
 }
 
@@ -288,6 +339,28 @@ static void tx_packet(struct net_engine *engine, const struct desc_chain *chain)
 		lose_tap(engine);
 }
 
+/* Pop one packet that may go: 1, 0 the ring is empty or a limit holds it, -EPROTO. */
+static int tx_pop(struct net_engine *engine, struct desc_chain *chain)
+{
+	/* Guest-controlled: the transmit ring, and how long the packet is. */
+	struct rate_limiter *limiter = engine->config.tx_limiter;
+	int got = virtqueue_pop(engine->config.tx, chain);
+	uint64_t now_ns;
+	uint32_t bytes;
+
+	if (got <= 0 || !is_limited(limiter))
+		return got;
+	bytes =
+	    chain->readable_len < NET_MAX_PACKET_BYTES ? chain->readable_len : NET_MAX_PACKET_BYTES;
+	bytes -= bytes < NET_HEADER_BYTES ? bytes : NET_HEADER_BYTES;
+	now_ns = clock_ns();
+	if (!hold(rate_limiter_take(limiter, bytes, now_ns), now_ns, &engine->tx_held_ns,
+		  &engine->stats.tx_throttled))
+		return 1;
+	virtqueue_unpop(engine->config.tx, 1);
+	return 0;
+}
+
 /* Transmit a burst: 1 there may be more, 0 the ring is empty, -EPROTO. */
 static int serve_tx(struct net_engine *engine)
 {
@@ -297,15 +370,19 @@ static int serve_tx(struct net_engine *engine)
 	int n = 0;
 	int ret;
 
+	if (is_held(&engine->tx_held_ns))
+		return 0;
 	virtqueue_disable_kick(vq);
 	do {
-		while ((ret = n < BURST_PACKETS ? virtqueue_pop(vq, &chain) : 0) > 0) {
+		while ((ret = n < BURST_PACKETS ? tx_pop(engine, &chain) : 0) > 0) {
 			tx_packet(engine, &chain);
 			virtqueue_add_used(vq, chain.head, 0);
 			n++;
 		}
-	} while (ret == 0 && n < BURST_PACKETS && virtqueue_enable_kick(vq));
-	publish(vq, engine->config.tx_irq_fd, &engine->stats.tx_interrupts);
+	} while (ret == 0 && n < BURST_PACKETS && engine->tx_held_ns == 0 &&
+		 virtqueue_enable_kick(vq));
+	publish(vq, engine->config.tx_irq_fd, &engine->stats.tx_interrupts,
+		&engine->stats.tx_suppressed);
 	return ret < 0 ? ret : n == BURST_PACKETS;
 }
 
@@ -329,6 +406,28 @@ static void handle_tap_events(struct net_engine *engine, short events)
 		lose_tap(engine); /* POLLERR or POLLHUP alone would end every later wait at once */
 }
 
+/* How long to wait at most: for what the caller says, or for the first limit to end. NULL: for
+ * as long as it takes. */
+static struct timespec *wait_limit(const struct net_engine *engine, int timeout_ms,
+				   struct timespec *ret)
+{
+	uint64_t held_ns = engine->rx_held_ns;
+	uint64_t left_ns = (uint64_t)timeout_ms * 1000000;
+
+	if (held_ns == 0 || (engine->tx_held_ns != 0 && engine->tx_held_ns < held_ns))
+		held_ns = engine->tx_held_ns;
+	if (timeout_ms < 0) {
+		uint64_t now_ns = held_ns != 0 ? clock_ns() : 0;
+
+		if (held_ns == 0)
+			return NULL;
+		left_ns = held_ns > now_ns ? held_ns - now_ns : 0;
+	}
+	ret->tv_sec = (time_t)(left_ns / NS_PER_SEC);
+	ret->tv_nsec = (long)(left_ns % NS_PER_SEC);
+	return ret;
+}
+
 int net_engine_wait(struct net_engine *engine, int timeout_ms)
 {
 	/* The tap is left out while nothing can be done about a packet: poll(2) would return
@@ -340,13 +439,17 @@ int net_engine_wait(struct net_engine *engine, int timeout_ms)
 	    {.fd = engine->config.tx_kick_fd, .events = POLLIN},
 	    {.fd = is_listening ? engine->config.tap_fd : -1, .events = POLLIN},
 	};
+	struct timespec limit;
 
-	if (poll(fds, 4, timeout_ms) < 0)
+	if (ppoll(fds, 4, wait_limit(engine, timeout_ms, &limit), NULL) < 0)
 		return errno == EINTR ? 0 : -errno;
 	if ((fds[0].revents | fds[1].revents | fds[2].revents) & POLLNVAL)
 		return -EBADF; /* an fd was closed under us: waiting on would spin */
-	if (fds[0].revents)
+	if (fds[0].revents) {
 		engine_drain_fd(fds[0].fd);
+		/* Perhaps for a new limit: ask it. */
+		engine->rx_held_ns = engine->tx_held_ns = 0;
+	}
 	if (fds[1].revents) {
 		engine_drain_fd(fds[1].fd);
 		engine_count(&engine->stats.rx_kicks, 1);

@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "engine.h"
+#include "token_bucket.h"
 #include "virtqueue.h"
 
 /* struct virtio_net_hdr_v1; the tap is told by TUNSETVNETHDRSZ. */
@@ -30,6 +31,10 @@ struct net_stats {
 	uint64_t tx_kicks;
 	uint64_t rx_interrupts;
 	uint64_t tx_interrupts;
+	uint64_t rx_suppressed; /* used buffers were shown, and the driver wanted no interrupt */
+	uint64_t tx_suppressed;
+	uint64_t rx_throttled; /* times that a packet had to wait for a limit */
+	uint64_t tx_throttled;
 };
 
 struct net_config {
@@ -41,6 +46,8 @@ struct net_config {
 	int rx_irq_fd; /* -1: the driver polls; so is tx_irq_fd */
 	int tx_irq_fd;
 	int fault_fd;
+	struct rate_limiter *rx_limiter; /* NULL: no limit, ever; so is tx_limiter */
+	struct rate_limiter *tx_limiter;
 	bool is_mergeable; /* VIRTIO_NET_F_MRG_RXBUF was negotiated */
 };
 
@@ -56,7 +63,8 @@ int net_engine_destroy(struct net_engine *engine);
 int net_engine_run(struct net_engine *engine);
 /* Serve one burst in both directions without waiting: 1 there may be more, 0, -EPROTO. */
 int net_engine_serve(struct net_engine *engine);
-/* Wait for a kick, a packet or the gate; timeout_ms as in poll(2). 0, or -errno. */
+/* Wait for a kick, a packet, the gate or the end of a limit; timeout_ms as in poll(2). 0, or
+ * -errno. Whoever changes a limit wakes the engine by its gate. */
 int net_engine_wait(struct net_engine *engine, int timeout_ms);
 
 struct engine_gate *net_engine_gate(struct net_engine *engine);

@@ -92,22 +92,54 @@ int rate_limiter_set(struct rate_limiter *limiter, const struct rate_limit *limi
 	return 0;
 }
 
+/* With the lock held. */
+static uint64_t wait_both(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns)
+{
+	uint64_t wait_ns = token_bucket_wait_ns(&limiter->bytes, bytes, now_ns);
+	uint64_t wait_ops_ns = token_bucket_wait_ns(&limiter->ops, 1, now_ns);
+
+	return wait_ns > wait_ops_ns ? wait_ns : wait_ops_ns;
+}
+
+static void take_both(struct rate_limiter *limiter, uint32_t bytes)
+{
+	token_bucket_take(&limiter->bytes, bytes);
+	token_bucket_take(&limiter->ops, 1);
+}
+
 uint64_t rate_limiter_take(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns)
 {
 	/* Guest-controlled: bytes. */
-	uint64_t wait_ns, wait_ops_ns;
+	uint64_t wait_ns;
 
 	if (!rate_limiter_is_limited(limiter))
 		return 0;
 	pthread_mutex_lock(&limiter->lock);
-	wait_ns = token_bucket_wait_ns(&limiter->bytes, bytes, now_ns);
-	wait_ops_ns = token_bucket_wait_ns(&limiter->ops, 1, now_ns);
-	if (wait_ops_ns > wait_ns)
-		wait_ns = wait_ops_ns;
-	if (wait_ns == 0) {
-		token_bucket_take(&limiter->bytes, bytes);
-		token_bucket_take(&limiter->ops, 1);
-	}
+	wait_ns = wait_both(limiter, bytes, now_ns);
+	if (wait_ns == 0)
+		take_both(limiter, bytes);
 	pthread_mutex_unlock(&limiter->lock);
 	return wait_ns;
+}
+
+uint64_t rate_limiter_wait(struct rate_limiter *limiter, uint64_t now_ns)
+{
+	uint64_t wait_ns;
+
+	if (!rate_limiter_is_limited(limiter))
+		return 0;
+	pthread_mutex_lock(&limiter->lock);
+	wait_ns = wait_both(limiter, 1, now_ns);
+	pthread_mutex_unlock(&limiter->lock);
+	return wait_ns;
+}
+
+void rate_limiter_charge(struct rate_limiter *limiter, uint32_t bytes)
+{
+	/* Guest-controlled: bytes, as far as a guest has others send to it. */
+	if (!rate_limiter_is_limited(limiter))
+		return;
+	pthread_mutex_lock(&limiter->lock);
+	take_both(limiter, bytes);
+	pthread_mutex_unlock(&limiter->lock);
 }

@@ -30,6 +30,7 @@ from api.models.vms import (
     DiskPatch,
     Nic,
     NicCreate,
+    NicPatch,
     StopRequest,
     Vm,
     VmAction,
@@ -264,6 +265,14 @@ class FakeService:
             changes["rate_limit"] = patch.rate_limit
         disks = [d.model_copy(update=changes) if d.id == disk_id else d for d in vm.disks]
         return self._keep(vm, disks=disks)
+
+    async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:
+        vm = self._checked(ref, call)
+        if nic_id not in [nic.id for nic in vm.nics]:
+            raise NotFound("nic_not_found", f"VM {vm.name} has no network interface {nic_id}")
+        changes = {name: getattr(patch, name) for name in patch.model_fields_set}
+        nics = [n.model_copy(update=changes) if n.id == nic_id else n for n in vm.nics]
+        return self._keep(vm, nics=nics)
 
     async def attach(self, ref: str, wanted: DiskCreate | NicCreate, call: Call) -> Vm:
         vm = self._checked(ref, call)
@@ -531,4 +540,8 @@ def _nic(wanted: NicCreate) -> Nic:
         mtu=wanted.mtu,
         bridge=wanted.bridge,
         backend=wanted.backend,
+        queues=wanted.queues or 1,
+        link=wanted.link,
+        rx_limit=wanted.rx_limit,
+        tx_limit=wanted.tx_limit,
     )

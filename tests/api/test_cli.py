@@ -92,6 +92,24 @@ def test_set_of_nothing_or_of_what_cannot_be_is_a_usage_error(cli: Cli) -> None:
     assert vm.version == 1
 
 
+def test_cable_is_pulled(cli: Cli) -> None:
+    cli.run(*CREATE)
+    done = cli.run("vm", "set-nic", "web-1", "net0", "--link", "down")
+    assert done.stdout == "interface net0: link changed\n"
+    assert cli.json("vm", "set-nic", "web-1", "net0", "--link", "up")["nics"][0]["link"] == "up"
+    assert "nic_not_found" in cli.run("vm", "set-nic", "web-1", "x", "--link", "up", code=1).stderr
+    cli.run("vm", "set-nic", "web-1", "net0", "--link", "loose", code=2)
+    cli.run("vm", "set-nic", "web-1", "net0", code=2)
+
+
+def test_nic_is_limited_and_freed(cli: Cli) -> None:
+    cli.run(*CREATE)
+    limited = cli.json("vm", "set-nic", "web-1", "net0", "--rx-bps", "1000", "--rx-pps", "50")
+    assert limited["nics"][0]["rx_limit"]["ops_per_s"] == 50
+    freed = cli.json("vm", "set-nic", "web-1", "net0", "--rx-bps", "0")
+    assert freed["nics"][0]["rx_limit"] is None
+
+
 def test_disk_is_grown(cli: Cli) -> None:
     cli.run(*CREATE)
     assert cli.run("vm", "grow-disk", "web-1", "root", "8").stdout == "disk root is 8 MiB\n"
@@ -353,7 +371,7 @@ def test_unreadable_disk_says_how_to_write_it(text: str) -> None:
 
 
 def test_nic_is_read_as_written() -> None:
-    nic = parse_nic("net0,tap=tap7,bridge=br0,mac=02:00:00:00:00:01,mtu=1400,backend=tap")
+    nic = parse_nic("net0,tap=tap7,bridge=br0,mac=02:00:00:00:00:01,mtu=1400,backend=tap,queues=2")
     assert nic == {
         "id": "net0",
         "tap": "tap7",
@@ -361,6 +379,7 @@ def test_nic_is_read_as_written() -> None:
         "mac": "02:00:00:00:00:01",
         "mtu": 1400,
         "backend": "tap",
+        "queues": 2,
     }
 
 

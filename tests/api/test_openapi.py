@@ -34,6 +34,7 @@ MORE_THAN_SCHEMA = {
     "patch_disk",
     "attach_disk",
     "attach_nic",
+    "patch_nic",
     "upload_kernel",
     "upload_image",
     "list_events",

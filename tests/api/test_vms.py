@@ -140,6 +140,22 @@ def test_a_disk_s_limits_are_changed_and_taken_away(api: Api) -> None:
         assert api.patch(path, json=body).status_code == 422
 
 
+def test_cable_is_pulled(api: Api) -> None:
+    api.create("web-1", nics=[{"id": "net0"}])
+    reply = api.patch("/v1/vms/web-1/nics/net0", json={"link": "down"})
+    assert reply.json()["nics"][0]["link"] == "down"
+    assert api.patch("/v1/vms/web-1/nics/net1", json={"link": "down"}).status_code == 404
+    for body in ({"link": "loose"}, {}, {"rx_limit": {"ops_burst": 1}}):
+        assert api.patch("/v1/vms/web-1/nics/net0", json=body).status_code == 422
+
+
+def test_a_limit_does_not_go_with_vhost(api: Api) -> None:
+    nic = {"id": "net0", "backend": "vhost", "tx_limit": {"bytes_per_s": 1000}}
+    refused = api.post("/v1/vms", json={"name": "web-1", "kernel": "debian", "nics": [nic]})
+    assert refused.status_code == 422
+    assert "take auto" in refused.json()["detail"]
+
+
 def test_stats_are_counters(api: Api) -> None:
     api.create("web-1", disks=[{"id": "root", "image": "debian"}])
     assert api.get("/v1/vms/web-1/stats").json()["disks"] == {"root": {"read_bytes": 512}}

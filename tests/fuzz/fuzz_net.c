@@ -69,6 +69,14 @@ static void arrive(struct input *input)
 
 static void run(struct virtqueue *vqs, struct guest_mem *mem, uint8_t setup, struct input *input)
 {
+	/* Small enough that a few packets of an input meet it. */
+	struct rate_limit limit = {
+	    .bytes_per_s = setup & 16 ? 100 : 0,
+	    .bytes_burst = 3000,
+	    .ops_per_s = setup & 32 ? 10 : 0,
+	    .ops_burst = 3,
+	};
+	struct rate_limiter limiter;
 	struct net_config config = {
 	    .rx = &vqs[0],
 	    .tx = &vqs[1],
@@ -78,11 +86,15 @@ static void run(struct virtqueue *vqs, struct guest_mem *mem, uint8_t setup, str
 	    .rx_irq_fd = event_fd,
 	    .tx_irq_fd = event_fd,
 	    .fault_fd = event_fd,
+	    .tx_limiter = &limiter,
+	    .rx_limiter = &limiter,
 	    .is_mergeable = setup & 4,
 	};
 	struct net_engine *engine;
 	int served = 0;
 
+	rate_limiter_init(&limiter);
+	REQUIRE(rate_limiter_set(&limiter, &limit, 0) == 0);
 	REQUIRE(net_engine_create(&config, &engine) == 0);
 	for (int round = 0; round < 12 && served >= 0; round++) {
 		uint8_t op = next_byte(input);
@@ -101,6 +113,7 @@ static void run(struct virtqueue *vqs, struct guest_mem *mem, uint8_t setup, str
 			break;
 	}
 	REQUIRE(net_engine_destroy(engine) == 0);
+	rate_limiter_deinit(&limiter);
 	empty(tap[0]);
 	empty(tap[1]);
 }

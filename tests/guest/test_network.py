@@ -37,6 +37,7 @@ def net(hostel: Hostel, guest: Guest, request: pytest.FixtureRequest) -> Iterato
             "initrd": "initrd",
             # No root disk: a shell in the initramfs is there sooner.
             "cmdline": "console=ttyS0 quiet reboot=k panic=-1",
+            "vcpus": 2,
             "nics": [{"id": "net0", "tap": TAP, "mac": MAC, "mtu": MTU, "backend": request.param}],
         },
     )
@@ -59,6 +60,42 @@ def test_packets_are_moved_by_whom_was_asked(net: LinuxGuest) -> None:
     owners = {f"vhost-{path.name}" for path in Path(f"/proc/{net.vm['pid']}/task").iterdir()}
     names = {path.read_text().strip() for path in Path("/proc").glob("[0-9]*/task/*/comm")}
     assert bool(owners & names) == (net.vm["nics"][0]["backend"] == "vhost")
+
+
+def test_both_pairs_of_queues_are_in_use(net: LinuxGuest) -> None:
+    assert net.ask("ls -d /sys/class/net/eth0/queues/tx-* | wc -l") == "2"
+    assert len(list(Path("/sys/class/net", TAP, "queues").glob("tx-*"))) == 2
+
+
+def test_the_guest_changes_its_address_on_the_wire(net: LinuxGuest) -> None:
+    change = "ip link set eth0 down; ip link set eth0 address {}; ip link set eth0 up"
+    for address in ("02:00:00:00:77:99", MAC):
+        net.ask(change.format(address))
+        # The host may stick to the old address for a second.
+        net.ask(f"ping -c 4 -W 10 {HOST}")
+        neighbours = subprocess.run(["ip", "neigh"], capture_output=True, text=True, check=True)
+        assert address in neighbours.stdout
+
+
+def test_a_pulled_cable_is_seen_on_both_ends(net: LinuxGuest) -> None:
+    path = "/v1/vms/net/nics/net0"
+    carrier = "for i in $(seq 50); do read c < /sys/class/net/eth0/carrier; "
+    carrier += "[ $c = {} ] && break; usleep 100000; done; echo $c"
+    net.hostel.api.call("PATCH", path, {"link": "down"})
+    try:
+        assert net.ask(carrier.format(0)) == "0"
+        assert Path("/sys/class/net", TAP, "carrier").read_text().strip() == "0"
+        assert " 0% packet loss" not in net.sh(f"ping -c 1 -W 1 {HOST}").text
+    finally:
+        net.hostel.api.call("PATCH", path, {"link": "up"})
+    assert net.ask(carrier.format(1)) == "1"
+    assert " 0% packet loss" in net.ask(f"ping -c 2 -W 10 {HOST}")
+
+
+def test_a_pause_loses_no_connection(net: LinuxGuest) -> None:
+    net.hostel.api.act("net", "pause")
+    net.hostel.api.act("net", "resume")
+    assert " 0% packet loss" in net.ask(f"ping -c 2 -W 10 {HOST}")
 
 
 def test_the_guest_reaches_the_host(net: LinuxGuest) -> None:
@@ -119,8 +156,14 @@ def test_a_wrong_checksum_is_seen_by_the_guest(net: LinuxGuest) -> None:
 
 
 def test_the_counters_tell_of_the_packets(net: LinuxGuest) -> None:
-    counters = net.hostel.api.get("/v1/vms/net/stats")["nics"]["net0"]
-    assert sum(counters.values()) > len(PAYLOAD)
+    stats = net.hostel.api.get("/v1/vms/net/stats")
+    assert stats["nics"]["net0"]["rx_bytes"] > len(PAYLOAD)
+    assert stats["nics"]["net0"]["tx_bytes"] > len(PAYLOAD)
+    details = stats["nic_details"]["net0"]
+    assert details["backend"] == net.vm["nics"][0]["backend"]
+    assert details["active_pairs"] == 2
+    assert details["queues"]["control"]["requests"] > 0
+    assert details["queues"]["control"]["errors"] == 0
 
 
 def _datagram(*, is_sound: bool) -> bytes:

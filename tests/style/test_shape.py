@@ -53,7 +53,8 @@ def test_functions_are_short() -> None:
 
 
 def test_c_core_stays_small() -> None:
-    lines = sum(len(path.read_text().splitlines()) for path in product(".c", ".h"))
+    core = (path for path in product(".c", ".h") if path.relative_to(ROOT).parts[0] == "kvm_ffi")
+    lines = sum(len(path.read_text().splitlines()) for path in core)
     assert lines <= MAX_C_LINES
 
 

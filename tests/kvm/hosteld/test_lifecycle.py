@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lab.rest import ApiFailure, Console, Json
@@ -191,3 +193,22 @@ def test_a_running_vm_is_deleted_only_by_force(hostel: Hostel) -> None:
     hostel.wait_workers()
     assert not list((hostel.daemon.runtime_dir / "vms").iterdir())
     assert not list((hostel.daemon.state_dir / "vms").iterdir())
+
+
+def test_a_cable_is_pulled_while_the_guest_runs(hostel: Hostel) -> None:
+    tap = hostel.tap("cable")
+    nics = [{"id": "net0", "tap": tap, "backend": "tap", "queues": 2}]
+    name = hostel.run(QUIET, nics=nics)
+    carrier = Path("/sys/class/net", tap, "carrier")
+    assert carrier.read_text().strip() == "1"
+    path = f"/v1/vms/{name}/nics/net0"
+    hostel.api.call("PATCH", path, {"link": "down"})
+    assert carrier.read_text().strip() == "0"
+    hostel.api.call("PATCH", path, {"tx_limit": {"bytes_per_s": 1 << 20, "ops_per_s": 100}})
+    hostel.api.act(name, "reset")
+    assert hostel.api.vm(name)["nics"][0]["tx_limit"]["ops_per_s"] == 100
+    assert carrier.read_text().strip() == "0"
+    hostel.api.call("PATCH", path, {"link": "up"})
+    assert carrier.read_text().strip() == "1"
+    hostel.delete(name)
+    assert not has_tap(tap)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from daemon import protocol
 from daemon.errors import ProtocolError
-from daemon.protocol import DiskSpec, MachineSpec, NicSpec, Status, VsockSpec
+from daemon.protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, Status, VsockSpec
 
 Pair = tuple[socket.socket, socket.socket]
 
+WISHES = NicWishes(True, {"ops_per_s": 5}, {})
 SPEC = MachineSpec(
     vm_id="0f0f0f0f-0000-4000-8000-000000000000",
     vcpus=2,
@@ -31,7 +32,7 @@ SPEC = MachineSpec(
     kernel_fd=1,
     initrd_fd=None,
     disks=(DiskSpec("root", 2, False),),
-    nics=(NicSpec("net0", (3,), (4,), "02:00:00:00:00:01", None),),
+    nics=(NicSpec("net0", (3,), (4,), "02:00:00:00:00:01", None, WISHES),),
     rng=True,
     on_reboot="reset",
     on_panic="keep",

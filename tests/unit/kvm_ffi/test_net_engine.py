@@ -4,87 +4,21 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 
 from kvm_ffi._kvm import ffi, lib
 from kvm_ffi.engine import EngineFault
-from kvm_ffi.eventfd import EventFd
 from kvm_ffi.memory import GuestMemory
 from kvm_ffi.net_engine import HEADER_BYTES, MAX_PACKET_BYTES, NetEngine
-from kvm_ffi.net_tap import configure_tap
+from kvm_ffi.net_tap import Tap
 from kvm_ffi.types import Gpa
-from kvm_ffi.virtqueue import Virtqueue
+from tests.support import nic as nic_support
 from tests.support.engine_thread import running, wait_signal, wait_until
+from tests.support.nic import BUFFER, HEADER, MEMORY, RX_BUFFERS, TX_BUFFER, Nic, header
 from tests.support.ring_driver import WRITE, RingDriver
-
-RX_BUFFERS = 0x100000
-TX_BUFFER = 0x400000
-MEMORY = 8 << 20
-BUFFER = 1024  # smaller than a frame of 1514 bytes: two are needed for one
-# flags and gso fields are the tap's; num_buffers (offset 10) is the device's.
-HEADER = bytes([1, 3, 5, 0, 7, 0, 9, 0, 11, 0, 0, 0])
-RX_SIZE = 256
-
-
-def header(num_buffers: int) -> bytes:
-    return HEADER[:10] + struct.pack("<H", num_buffers)
-
-
-@dataclass
-class Nic:
-    """A network device whose tap is one end of a socket pair; `wire` is the other end."""
-
-    memory: GuestMemory
-    rx: RingDriver
-    tx: RingDriver
-    rx_queue: Virtqueue
-    tx_queue: Virtqueue
-    engine: NetEngine
-    wire: socket.socket
-    tap: socket.socket
-    rx_kick: EventFd
-    tx_kick: EventFd
-    rx_irq: EventFd
-    tx_irq: EventFd
-    fault: EventFd
-
-    def serve(self) -> int:
-        """Look at the tap and the rings once, without waiting."""
-        waited = lib.net_engine_wait(self.engine._c, 0)
-        return waited if waited < 0 else lib.net_engine_serve(self.engine._c)
-
-    def arrive(self, frame: bytes) -> None:
-        self.wire.send(HEADER + frame)
-
-    def offer_rx(self, count: int, length: int = BUFFER) -> None:
-        heads: list[int] = []
-        for _ in range(count):
-            slot = (self.rx.avail_idx + len(heads)) % RX_SIZE
-            heads.append(self.rx.chain([(RX_BUFFERS + slot * 0x2000, length, WRITE)], first=slot))
-        self.rx.offer(*heads)
-
-    def received(self) -> list[tuple[int, bytes]]:
-        """(head, bytes) of each used receive chain."""
-        return [
-            (head, self.memory.read(Gpa(RX_BUFFERS + head * 0x2000), written))
-            for head, written in self.rx.take_used()
-        ]
-
-    def send(self, data: bytes, *, cuts: tuple[int, ...] = ()) -> None:
-        """Offer a packet for transmission, cut into buffers at the given offsets."""
-        self.memory.write(Gpa(TX_BUFFER), data)
-        edges = [0, *cuts, len(data)]
-        buffers = [
-            (TX_BUFFER + start, end - start, 0)
-            for start, end in zip(edges, edges[1:], strict=False)  # noqa: RUF007 - clearer
-        ]
-        self.tx.offer(self.tx.chain(buffers))
-
 
 MakeNic = Callable[..., Nic]
 
@@ -92,37 +26,15 @@ MakeNic = Callable[..., Nic]
 @pytest.fixture
 def make_nic() -> Iterator[MakeNic]:
     made: list[Nic] = []
-    memory = GuestMemory([(Gpa(0), MEMORY)])
+    with GuestMemory([(Gpa(0), MEMORY)]) as memory:
 
-    def make(
-        *, mergeable: bool = True, event_idx: bool = False, tap: socket.socket | None = None
-    ) -> Nic:
-        wire, near = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        wire.setblocking(False)
-        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        rx = RingDriver(memory, size=RX_SIZE, base=0x10000)
-        tx = RingDriver(memory, size=16, base=0x20000)
-        rx_queue, tx_queue = rx.queue(event_idx=event_idx), tx.queue(event_idx=event_idx, index=1)
-        rx_kick, tx_kick, rx_irq, tx_irq, fault = (EventFd() for _ in range(5))
-        engine = NetEngine(
-            memory, near.fileno(), rx=rx_queue, tx=tx_queue, rx_kick=rx_kick, tx_kick=tx_kick,
-            rx_irq=rx_irq, tx_irq=tx_irq, fault=fault, mergeable=mergeable,
-        )  # fmt: skip
-        made.append(
-            Nic(memory, rx, tx, rx_queue, tx_queue, engine, wire, near, rx_kick, tx_kick, rx_irq,
-                tx_irq, fault)
-        )  # fmt: skip
-        return made[-1]
+        def make(**options: bool) -> Nic:
+            made.append(nic_support.make_nic(memory, **options))
+            return made[-1]
 
-    yield make
-    for nic in made:
-        nic.engine.close()
-        nic.wire.close()
-        nic.tap.close()
-        for event in (nic.rx_kick, nic.tx_kick, nic.rx_irq, nic.tx_irq, nic.fault):
-            event.close()
-    memory.close()
+        yield make
+        for nic in made:
+            nic.close()
 
 
 @pytest.fixture
@@ -442,7 +354,7 @@ def test_packets_wait_for_a_resume(nic: Nic) -> None:
 
 def test_a_socket_is_no_tap_to_configure(nic: Nic) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - which errno is the kernel's business
-        configure_tap(nic.tap.fileno(), 0)
+        Tap([nic.tap.fileno()]).configure(0)
 
 
 def test_every_counter_is_reported(nic: Nic) -> None:

@@ -24,7 +24,7 @@ from kvm_ffi.engine import EngineFault
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.memory import GuestMemory
 from kvm_ffi.net_engine import NetEngine
-from kvm_ffi.net_tap import configure_tap
+from kvm_ffi.net_tap import Tap as NetTap
 from kvm_ffi.types import Gpa
 from tests.support.engine_thread import running, wait_signal
 from tests.support.ring_driver import WRITE, RingDriver
@@ -139,7 +139,7 @@ def guest(tap: Tap) -> Iterator[Guest]:
     rx = RingDriver(memory, size=64, base=0x10000)
     tx = RingDriver(memory, size=16, base=0x20000)
     rx_kick, tx_kick, rx_irq, tx_irq, fault = events = [EventFd() for _ in range(5)]
-    configure_tap(tap.fd, GUEST_CSUM | GUEST_TSO4)
+    NetTap([tap.fd]).configure(GUEST_CSUM | GUEST_TSO4)
     engine = NetEngine(
         memory, tap.fd, rx=rx.queue(), tx=tx.queue(index=1), rx_kick=rx_kick, tx_kick=tx_kick,
         rx_irq=rx_irq, tx_irq=tx_irq, fault=fault, mergeable=True,
@@ -190,7 +190,7 @@ def test_a_large_segment_arrives_uncut_when_the_guest_can_take_it(tap: Tap, gues
 
 def test_a_large_segment_is_cut_when_the_guest_cannot_take_it(tap: Tap, guest: Guest) -> None:
     guest.offer_rx(64, 4096)
-    configure_tap(tap.fd, 0)
+    NetTap([tap.fd]).configure(0)
     tap.packets.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     tap.packets.send(tcp_packet(30000))
     assert lib.net_engine_serve(guest.engine._c) == 0
@@ -235,6 +235,6 @@ def test_a_header_with_nonsense_is_refused_by_the_kernel_and_counted(
 def test_a_tap_without_virtio_headers_cannot_be_configured(inside: ThreadPoolExecutor) -> None:
     fd = inside.submit(open_tap, IFF_TAP | IFF_NO_PI).result()
     with pytest.raises(OSError) as caught:  # noqa: PT011 - errno below
-        configure_tap(fd, 0)
+        NetTap([fd]).configure(0)
     os.close(fd)
     assert caught.value.errno == errno.EINVAL

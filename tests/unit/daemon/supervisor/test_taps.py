@@ -37,7 +37,7 @@ def test_what_the_kernel_refuses_is_told_with_what_to_do(
     monkeypatch.setattr("daemon.supervisor.taps.fcntl.ioctl", refuse)
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208  names, and nothing held open
     with pytest.raises(ApiError, match=advice) as caught:
-        taps.open_taps(NIC, 3)
+        taps.open_taps(NIC, 3, 1)
     assert (caught.value.status, caught.value.code) == (status, code)
     assert caught.value.field == "nics.3.tap"
     assert set(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
@@ -46,7 +46,7 @@ def test_what_the_kernel_refuses_is_told_with_what_to_do(
 def test_a_host_without_tun_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taps, "_TUN_DEVICE", "/nowhere/tun")
     with pytest.raises(ApiError, match="modprobe tun"):
-        taps.open_taps(NIC, 0)
+        taps.open_taps(NIC, 0, 1)
 
 
 def test_an_interface_that_is_no_tap_is_refused() -> None:
@@ -70,6 +70,11 @@ def test_vhost_is_opened_for_every_pair_where_it_is_wanted(
     assert len(fds) == opened
     for fd in fds:
         os.close(fd)
+
+
+def test_vhost_is_not_opened_for_what_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps, "_VHOST_DEVICE", os.devnull)
+    assert taps.open_vhost(replace(NIC, tx_limit={"ops_per_s": 5}), 0, 2) == []
 
 
 def test_a_host_without_vhost_is_told_only_who_insists(monkeypatch: pytest.MonkeyPatch) -> None:

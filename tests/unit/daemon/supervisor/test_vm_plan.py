@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from api.errors import ApiError, Conflict, Invalid, NotFound
-from api.models.vms import DiskPatch, RateLimit, VmAction, VmPatch, VmState
+from api.models.vms import DiskPatch, NicPatch, RateLimit, VmAction, VmPatch, VmState
 from daemon.supervisor import disks
 from daemon.supervisor.service import Supervisor
 from daemon.supervisor.vm_plan import FIRST_CID, derive_mac
@@ -330,6 +330,47 @@ def test_limits_of_a_disk_are_kept_changed_and_taken_away(harness: Harness) -> N
         assert vm.disks[0].rate_limit is None
         with pytest.raises(Invalid, match="is read-only"):
             await supervisor.patch_disk("a", "root", DiskPatch(size_mib=4), CALL)
+
+    harness.run(scenario)
+
+
+def test_an_interface_has_a_pair_of_queues_for_each_vcpu(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        nics = [{"id": "net0"}, {"id": "net1", "queues": 8}]
+        one = await harness.create("one", nics=nics)
+        assert [nic.queues for nic in one.nics] == [1, 8]
+        many = await harness.create("many", nics=[{"id": "net0"}], vcpus=16)
+        assert many.nics[0].queues == 4
+        fewer = await supervisor.patch_vm("many", VmPatch(vcpus=2), CALL)
+        assert fewer.nics[0].queues == 2
+
+    harness.run(scenario)
+
+
+def test_a_cable_is_pulled_and_stays_so(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.create("a", nics=[{"id": "net0"}])
+        for _ in range(2):
+            vm = await supervisor.patch_nic("a", "net0", NicPatch(link="down"), CALL)
+            assert vm.nics[0].link == "down"
+        limit = RateLimit(ops_per_s=10)
+        vm = await supervisor.patch_nic("a", "net0", NicPatch(rx_limit=limit), CALL)
+        assert (vm.nics[0].link, vm.nics[0].rx_limit, vm.nics[0].tx_limit) == ("down", limit, None)
+        vm = await supervisor.patch_nic("a", "net0", NicPatch(rx_limit=None), CALL)
+        assert vm.nics[0].rx_limit is None
+        with pytest.raises(NotFound, match="no network interface net1"):
+            await supervisor.patch_nic("a", "net1", NicPatch(link="down"), CALL)
+        assert (await harness.event_types()).count("vm.nic_changed") == 3
+
+    harness.run(scenario)
+
+
+def test_vhost_takes_no_limit_later_either(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.create("a", nics=[{"id": "net0", "backend": "vhost"}])
+        patch = NicPatch(tx_limit=RateLimit(ops_per_s=10))
+        with pytest.raises(Invalid, match="make it with auto"):
+            await supervisor.patch_nic("a", "net0", patch, CALL)
 
     harness.run(scenario)
 

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""From a spec and the descriptors that came with it to virtio devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Final
+
+from devices.virtio.blk import VirtioBlk
+from devices.virtio.device import VirtioDevice
+from devices.virtio.net import VirtioNet
+from devices.virtio.rng import VirtioRng
+from devices.virtio.vsock import VirtioVsock
+from kvm_ffi.blk_engine import IoEngine
+from kvm_ffi.net_tap import Tap
+from kvm_ffi.rate_limiter import RateLimit
+
+from ..errors import ProtocolError
+from ..protocol import (
+    DISK_SLOTS,
+    NIC_SLOTS,
+    OTHER_SLOTS,
+    DiskSpec,
+    MachineSpec,
+    NicSpec,
+    VsockSpec,
+)
+
+_RELEASED: Final = -1
+
+
+class MachineFds:
+    """The descriptors that a launch brought; they outlive a reset of the machine."""
+
+    def __init__(self, fds: tuple[int, ...]) -> None:
+        self._fds = list(fds)
+
+    def __len__(self) -> int:
+        return len(self._fds)
+
+    def __getitem__(self, index: int) -> int:
+        """Return a descriptor by the index that a spec names.
+
+        Raises:
+            ProtocolError: the spec names one that the message did not bring.
+        """
+        if not 0 <= index < len(self._fds) or self._fds[index] == _RELEASED:
+            raise ProtocolError(f"the spec names descriptor {index} of {len(self._fds)}")
+        return self._fds[index]
+
+    def extend(self, fds: tuple[int, ...]) -> None:
+        """Take over the descriptors of a device that is attached."""
+        self._fds.extend(fds)
+
+    def release(self, fds: tuple[int, ...]) -> None:
+        """Close those of a device that is detached; indexes stay what they are."""
+        for fd in fds:
+            self._fds[self._fds.index(fd)] = _RELEASED
+            os.close(fd)
+
+    def close(self) -> None:
+        """Close them all."""
+        self.release(tuple(fd for fd in self._fds if fd != _RELEASED))
+        self._fds.clear()
+
+
+DeviceMaker = Callable[[list[int]], VirtioDevice]
+
+
+def virtio_devices(
+    spec: MachineSpec, fds: MachineFds
+) -> Iterator[tuple[DeviceMaker, tuple[int, ...], Sequence[int]]]:
+    """Yield how to make each device, the descriptors behind it, and where it may go."""
+    for disk in spec.disks:
+        yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],), _slots(disk.slot, DISK_SLOTS)
+    for nic in spec.nics:
+        nic_fds = tuple(fds[index] for index in (*nic.tap_fds, *nic.vhost_fds))
+        yield partial(_make_nic, nic), nic_fds, _slots(nic.slot, NIC_SLOTS)
+    if spec.vsock is not None:
+        vsock = spec.vsock
+        yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
+    if spec.rng:
+        yield lambda _: VirtioRng(), (), OTHER_SLOTS
+
+
+def _slots(wanted: int | None, free: range) -> Sequence[int]:
+    return free if wanted is None else (wanted,)
+
+
+def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:
+    # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
+    return VirtioBlk(
+        disk.id,
+        fds[0],
+        path=disk.id,
+        is_read_only=disk.read_only,
+        serial=disk.id,
+        n_queues=vcpus,
+        io_engine=IoEngine(disk.io_engine),
+        limit=RateLimit(**disk.rate_limit),
+    )
+
+
+def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
+    n_pairs = len(nic.tap_fds)
+    mac = bytes.fromhex(nic.mac.replace(":", ""))
+    return VirtioNet(
+        nic.id,
+        Tap(fds[:n_pairs]),
+        path=nic.id,
+        mac=mac,
+        mtu=nic.mtu,
+        is_link_up=nic.wishes.is_link_up,
+        rx_limit=RateLimit(**nic.wishes.rx_limit),
+        tx_limit=RateLimit(**nic.wishes.tx_limit),
+        vhost_fds=fds[n_pairs:],
+    )
+
+
+def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
+    return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
+
+
+def make_with_copies(make: DeviceMaker, fds: tuple[int, ...]) -> VirtioDevice:
+    """Make a device with descriptors of its own: it will close them, and a reset needs them."""
+    copies: list[int] = []
+    try:
+        for fd in fds:
+            copies.append(os.dup(fd))
+        return make(copies)
+    except BaseException:
+        for copy in copies:
+            os.close(copy)
+        raise

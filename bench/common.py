@@ -29,6 +29,7 @@ class Goal(enum.Enum):
     AT_MOST = "<="
     AT_LEAST = ">="
     RATIO_AT_MOST = "ratio <="
+    RATIO_AT_LEAST = "ratio >="
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +75,11 @@ def row(
     if goal is None:
         return Row(case, unit, ours, value, name, ratio)
     kind, limit = goal
-    if kind is Goal.RATIO_AT_MOST:
-        met = None if ratio is None else ratio <= limit
-        return Row(case, unit, ours, value, name, ratio, f"ratio <= {limit:.2f}", met)
+    if kind in (Goal.RATIO_AT_MOST, Goal.RATIO_AT_LEAST):
+        met = None
+        if ratio is not None:
+            met = ratio <= limit if kind is Goal.RATIO_AT_MOST else ratio >= limit
+        return Row(case, unit, ours, value, name, ratio, f"{kind.value} {limit:.2f}", met)
     met = ours <= limit if kind is Goal.AT_MOST else ours >= limit
     return Row(case, unit, ours, value, name, ratio, f"{kind.value} {limit:g} {unit}", met)
 

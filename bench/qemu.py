@@ -16,7 +16,11 @@ from typing import Final
 
 PROGRAM: Final = "qemu-system-x86_64"
 # rtc=on: without one, Linux waits 1.2 s for it.
-MACHINES: Final = {"microvm": "microvm,rtc=on", "q35": "q35"}
+MACHINES: Final = {
+    "microvm": "microvm,rtc=on",
+    "microvm-pci": "microvm,rtc=on,acpi=on,pcie=on,pit=on,pic=on",
+    "q35": "q35",
+}
 # What a first start reads from a disk, a second one finds in memory.
 FIRMWARE: Final = ("/usr/share/qemu", "/usr/share/seabios")
 FIRMWARE_NAMES: Final = ("bios*.bin", "*boot*.bin", "pvh.bin", "kvmvapic.bin")
@@ -34,6 +38,7 @@ class Peer:
     memory_mib: int
     # A mapping of its own, which costs QEMU the huge pages that it gives its RAM otherwise.
     has_named_ram: bool = False
+    devices: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
         """Return the command line; nothing that is not needed is there."""
@@ -46,7 +51,7 @@ class Peer:
             *("-m", str(self.memory_mib), "-cpu", "host", "-smp", "1"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-serial", "stdio", "-kernel", str(self.kernel), "-initrd", str(self.initrd)),
-            *("-append", self.cmdline),
+            *("-append", self.cmdline, *self.devices),
         ]
 
     @contextmanager

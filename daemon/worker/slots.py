@@ -120,7 +120,7 @@ class VirtioSlots:
         occupant = self._occupant(name)
         self._hotplug.keep(occupant.slot)
         with contextlib.suppress(ValueError):  # ejected in this very moment
-            self._pci.detach(occupant.slot)
+            self._pci.pull(occupant.slot)
         self._hotplug.tell_changed(occupant.slot)
         return self._remove(name)
 

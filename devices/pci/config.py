@@ -118,6 +118,11 @@ class PciFunction:
         """Where the guest reaches BAR ``index`` now, or None."""
         return self._mapped.get(index)
 
+    @property
+    def mapped(self) -> dict[int, int]:
+        """Where the guest reaches BARs now, and how large they are."""
+        return {gpa: self._bars[index].size_bytes for index, gpa in self._mapped.items()}
+
     # ---- set-up, before the guest runs
 
     def add_bar(self, bar: Bar) -> None:

@@ -7,6 +7,7 @@ Source: PCI Local Bus Specification 3.0, 3.2.2.3; PCI Firmware Specification 3.2
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import Final
@@ -26,6 +27,16 @@ SLOT_SHIFT: Final = 12  # an address is slot << 12 | register
 REGISTER_MASK: Final = 0xFFF
 # "QEMU PCIe Host bridge": an identity that every guest takes for a plain bridge.
 HOST_BRIDGE: Final = PciIdentity(0x1B36, 0x0008, 0x060000, 0, 0x1AF4, 0x1100)
+
+
+class _Remains:
+    """What is left of a BAR whose function was pulled out."""
+
+    def read(self, offset: int, length: int) -> int:
+        return 0
+
+    def write(self, offset: int, length: int, value: int) -> None:
+        pass
 
 
 class PciHost:
@@ -54,6 +65,7 @@ class PciHost:
         self._lock = threading.RLock()
         self._functions: dict[int, PciFunction] = {}
         self._placed: dict[int, list[tuple[int, int]]] = {}
+        self._remains: dict[int, int] = {}
         self._guest_log = GuestLog(log)
         self.attach(PciFunction(HOST_BRIDGE), HOST_BRIDGE_SLOT)
 
@@ -97,6 +109,27 @@ class PciHost:
             self._config_store.pci_remove(slot)
             return function
 
+    def pull(self, slot: int) -> PciFunction:
+        """Take a function out of its slot by surprise; what was mapped of it reads as zeros then.
+
+        Linux's virtio driver resets the device that it has lost and waits for a status of 0 without
+        an end (vp_reset in drivers/virtio/virtio_pci_modern.c): all ones would hold it for ever.
+        What is left goes when the guest puts something else there.
+
+        Raises:
+            ValueError: as detach().
+        """
+        with self._lock:
+            present = self._functions.get(slot)
+            places = {} if present is None else present.mapped
+            function = self.detach(slot)
+            for gpa, size_bytes in places.items():
+                # Where the exit table is full it reads as all ones, as any gap does.
+                with contextlib.suppress(ValueError):
+                    self._mmio.add(gpa, size_bytes, _Remains())
+                    self._remains[gpa] = size_bytes
+            return function
+
     def config_write(self, address: int, length: int, value: int) -> None:
         """Serve EXIT_PCI_CONFIG_WRITE: ``address`` is slot << 12 | register, guest-controlled."""
         with self._lock:
@@ -126,6 +159,10 @@ class PciHost:
         if not any(w is not None and w.contains(gpa, bar.size_bytes) for w in windows):
             self._guest_log.warning("BAR outside the PCI windows gpa=%#x", gpa)
             return False
+        for base, length in list(self._remains.items()):
+            if gpa < base + length and base < gpa + bar.size_bytes:
+                del self._remains[base]
+                self._mmio.remove(base)
         try:
             self._mmio.add(gpa, bar.size_bytes, bar.handler)
         except ValueError as err:

@@ -191,6 +191,38 @@ def test_detached_function_is_gone(machine: Machine) -> None:
     assert machine.function.mapped_at(0) is None
 
 
+def test_what_was_mapped_of_a_pulled_function_reads_as_zeros(machine: Machine) -> None:
+    machine.write(COMMAND, 2, 2)
+    gpa = machine.function.mapped_at(0)
+    assert gpa is not None
+    assert machine.mmio.read(gpa, 4) == 0x11
+    assert machine.host.pull(machine.slot) is machine.function
+    machine.mmio.write(gpa, 4, 0xFFFFFFFF)
+    assert (machine.mmio.read(gpa, 4), machine.mmio.read(gpa + 0x7FFF, 1)) == (0, 0)
+    assert machine.function.mapped == {}
+
+
+def test_what_is_left_of_a_pulled_function_makes_room_for_another(machine: Machine) -> None:
+    machine.write(COMMAND, 2, 2)
+    gpa = machine.function.mapped_at(0)
+    machine.host.pull(machine.slot)
+    for _ in range(3):
+        other = Recording(machine.low, machine.high)
+        assert machine.host.attach(other) == machine.slot
+        machine.write(COMMAND, 2, 2)
+        assert other.mapped_at(0) == gpa
+        assert machine.mmio.read(gpa or 0, 4) == 0x11
+        machine.host.pull(machine.slot)
+        assert machine.mmio.read(gpa or 0, 4) == 0
+
+
+def test_what_was_not_mapped_of_a_pulled_function_leaves_nothing(machine: Machine) -> None:
+    machine.host.pull(machine.slot)
+    assert machine.mmio.read(WINDOW_32.base, 4) == 0xFFFFFFFF
+    with pytest.raises(ValueError, match="holds nothing"):
+        machine.host.pull(machine.slot)
+
+
 def test_host_bridge_cannot_be_detached(machine: Machine) -> None:
     with pytest.raises(ValueError, match="slot 0"):
         machine.host.detach(0)

@@ -35,7 +35,8 @@ class EventLoop:
         self._name = name
         self._epoll = select.epoll()
         self._lock = threading.Lock()
-        self._sources: dict[int, tuple[EventFd, Callable[[], None]]] = {}
+        # The eventfd of add(), None for what watch() was given.
+        self._sources: dict[int, tuple[EventFd | None, Callable[[], None]]] = {}
         self._wake = EventFd()
         self._epoll.register(self._wake.fd, select.EPOLLIN)
         self._is_stopping = False
@@ -56,9 +57,25 @@ class EventLoop:
 
     def remove(self, eventfd: EventFd) -> None:
         """Stop watching ``eventfd``; not an error when it is not watched."""
+        self.unwatch(eventfd.fd)
+
+    def watch(self, fd: int, events: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` as long as ``events`` of epoll(7) hold for a descriptor.
+
+        Raises:
+            ValueError: the descriptor is already watched.
+        """
         with self._lock:
-            if self._sources.pop(eventfd.fd, None) is not None:
-                self._epoll.unregister(eventfd.fd)
+            if fd in self._sources:
+                raise ValueError(f"fd={fd} is already watched")
+            self._sources[fd] = (None, callback)
+            self._epoll.register(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop watching a descriptor that is still open; not an error when it is not watched."""
+        with self._lock:
+            if self._sources.pop(fd, None) is not None:
+                self._epoll.unregister(fd)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when dispatch() has something to do.
@@ -107,11 +124,12 @@ class EventLoop:
         while not self._is_stopping:
             self.dispatch(timeout_s=-1)
 
-    def _serve(self, eventfd: EventFd, callback: Callable[[], None]) -> None:
+    def _serve(self, eventfd: EventFd | None, callback: Callable[[], None]) -> None:
         # The border "device kick": whatever one device does wrong must not stop the others. Its
         # eventfd may even be closed by now, when another thread removed it a moment ago.
         try:
-            eventfd.drain()
+            if eventfd is not None:
+                eventfd.drain()
             callback()
         except Exception:
             if self._limiter.admit() is not None:

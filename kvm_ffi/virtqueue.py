@@ -129,6 +129,7 @@ class Virtqueue:
         self.index = queue_index
         self.size = size
         self.memory = memory
+        self.desc_gpa, self.avail_gpa, self.used_gpa = desc_gpa, avail_gpa, used_gpa
         self._vq: CData = ffi.new("struct virtqueue *")
         ret = lib.virtqueue_init(
             self._vq, memory.raw, size, desc_gpa, avail_gpa, used_gpa, features

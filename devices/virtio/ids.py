@@ -18,6 +18,7 @@ VIRTIO_ID_NET: Final = 1
 VIRTIO_ID_BLOCK: Final = 2
 VIRTIO_ID_RNG: Final = 4
 VIRTIO_ID_VSOCK: Final = 19
+VIRTIO_ID_FS: Final = 26
 
 # 2.1 Device Status Field.
 STATUS_ACKNOWLEDGE: Final = 0x01
@@ -45,6 +46,7 @@ VIRTIO_BLK_F_RO: Final = 1 << 5
 VIRTIO_BLK_F_BLK_SIZE: Final = 1 << 6
 VIRTIO_BLK_F_FLUSH: Final = 1 << 9
 VIRTIO_BLK_F_TOPOLOGY: Final = 1 << 10
+VIRTIO_BLK_F_CONFIG_WCE: Final = 1 << 11
 VIRTIO_BLK_F_MQ: Final = 1 << 12
 VIRTIO_BLK_F_DISCARD: Final = 1 << 13
 VIRTIO_BLK_F_WRITE_ZEROES: Final = 1 << 14
@@ -71,3 +73,15 @@ VIRTIO_NET_F_MQ: Final = 1 << 22
 VIRTIO_NET_F_CTRL_MAC_ADDR: Final = 1 << 23
 VIRTIO_NET_S_LINK_UP: Final = 1  # 5.1.4
 VIRTIO_NET_S_ANNOUNCE: Final = 2
+# What is about packets alone, and needs no control queue.
+VIRTIO_NET_OFFLOADS: Final = (
+    VIRTIO_NET_F_CSUM
+    | VIRTIO_NET_F_GUEST_CSUM
+    | VIRTIO_NET_F_GUEST_TSO4
+    | VIRTIO_NET_F_GUEST_TSO6
+    | VIRTIO_NET_F_GUEST_ECN
+    | VIRTIO_NET_F_HOST_TSO4
+    | VIRTIO_NET_F_HOST_TSO6
+    | VIRTIO_NET_F_HOST_ECN
+    | VIRTIO_NET_F_MRG_RXBUF
+)

@@ -25,6 +25,7 @@ hosteld asks a worker, over its own listening socket (so that a later hosteld fi
     resize_disk   {"disk": id} after the file has changed -> {"size_bytes"}
     limit_disk    {"disk": id, "rate_limit": as in DiskSpec} -> {}
     set_nic       {"nic": id, "wishes": NicWishes} -> {}
+    attach_backend {"device": id}, fds [socket connected to its new vhost-user back end] -> Status
     console_write {"data": base64} -> {"taken": n}
     stats         -> VmStats as api/models/vms.py has it, without memory_rss_bytes
     quit          ends the worker in good order -> {}
@@ -58,6 +59,8 @@ _RECEIVE_FLAGS: Final = socket.MSG_CMSG_CLOEXEC
 class DiskSpec:
     """A virtio-blk disk; ``fd`` indexes the message's descriptors.
 
+    It is the disk itself, or with ``vhost_user`` a socket connected to the disk's back end.
+
     Attributes:
         rate_limit: fields of kvm_ffi.rate_limiter.RateLimit; what is missing is no limit.
         slot: of DISK_SLOTS; None for the first free one.
@@ -69,6 +72,7 @@ class DiskSpec:
     io_engine: str = "auto"
     rate_limit: dict[str, int] = field(default_factory=dict)
     slot: int | None = None
+    vhost_user: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,7 @@ class NicSpec:
         vhost_fds: /dev/vhost-net for each of these, or empty: the worker moves packets itself.
         wishes: what may change later.
         slot: of NIC_SLOTS; None for the first free one.
+        vhost_user: ``tap_fds`` is one socket instead, connected to a switch.
     """
 
     id: str
@@ -124,6 +129,7 @@ class NicSpec:
     mtu: int | None
     wishes: NicWishes
     slot: int | None = None
+    vhost_user: bool = False
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> NicSpec:
@@ -152,6 +158,21 @@ class VsockSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareSpec:
+    """A virtio-fs device; ``fd`` is a socket connected to its back end.
+
+    Attributes:
+        id: of the device; not one that a disk or an interface can have.
+        is_libvhost: the back end is built on libvhost-user: devices/virtio/vhost_user/link.py.
+    """
+
+    id: str
+    tag: str
+    fd: int
+    is_libvhost: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """All that a worker needs to build its machine; fd fields index the message's descriptors.
 
@@ -177,6 +198,7 @@ class MachineSpec:
     on_panic: str
     requested_ns: int
     vsock: VsockSpec | None = None
+    shares: tuple[ShareSpec, ...] = ()
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""
@@ -185,6 +207,7 @@ class MachineSpec:
         spec["disks"] = [asdict(disk) for disk in self.disks]
         spec["nics"] = [asdict(nic) for nic in self.nics]
         spec["vsock"] = None if self.vsock is None else asdict(self.vsock)
+        spec["shares"] = [asdict(share) for share in self.shares]
         return spec
 
     def with_disk_limit(self, disk_id: str, rate_limit: dict[str, int]) -> MachineSpec:
@@ -213,6 +236,7 @@ class MachineSpec:
             fields["nics"] = tuple(NicSpec.decode(nic) for nic in fields["nics"])
             vsock = fields["vsock"]
             fields["vsock"] = None if vsock is None else VsockSpec.decode(vsock)
+            fields["shares"] = tuple(ShareSpec(**share) for share in fields["shares"])
             return cls(**fields)
         except (KeyError, TypeError) as err:
             raise ProtocolError(f"launch: {err}") from err
@@ -224,7 +248,8 @@ class MachineSpec:
             ProtocolError: as decode().
         """
         fresh = {"disks": args.get("disks", []), "nics": args.get("nics", [])}
-        return self.decode({**self.encode(), **fresh, "vsock": None, "rng": False})
+        nothing: dict[str, Any] = {"shares": [], "vsock": None, "rng": False}
+        return self.decode({**self.encode(), **fresh, **nothing})
 
     def joined(self, part: MachineSpec) -> MachineSpec:
         """Return the spec with the devices of a part as its last ones."""
@@ -253,6 +278,7 @@ class Status:
         devices: ids of the disks and network interfaces that the guest has; None from a worker
             that cannot change them.
         next_fd: the index of the next descriptor that an attach brings.
+        backends_lost: why there is no connection to a vhost-user back end, by device id.
     """
 
     state: str
@@ -263,6 +289,7 @@ class Status:
     resets: int = 0
     devices: tuple[str, ...] | None = None
     next_fd: int = 0
+    backends_lost: dict[str, str] = field(default_factory=dict)
 
     def encode(self) -> dict[str, Any]:
         """Return the status as JSON."""
@@ -282,6 +309,7 @@ class Status:
             and isinstance(data.get("pid"), int)
             and isinstance(boot_time_us, int | None)
             and isinstance(reason, dict | None)
+            and isinstance(data.get("backends_lost", {}), dict)
         )
         if is_sound and reason is not None:
             shapes = {"code": str, "message": str, "detail": dict}

@@ -2,10 +2,12 @@
 # Copyright the Hostel authors
 """Reads devices as they are written on a command line.
 
-A disk: ``ID=image:NAME``, ``ID=path:/FILE`` or ``ID=/FILE``, then any of ``,ro ,size=MIB
-,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES ,iops=OPERATIONS``.
+A disk: ``ID=image:NAME``, ``ID=path:/FILE``, ``ID=/FILE`` or ``ID=nbd://...``, then any of ``,ro
+,size=MIB ,format=qcow2|vmdk|vhdx ,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES
+,iops=OPERATIONS``. A share: ``TAG=/DIRECTORY``, then perhaps ``,ro``.
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES
-,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``.
+,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``, or ``,socket=PATH`` of a vhost-user switch in
+place of a tap.
 A vsock device: ``auto`` or ``unix``, then ``,cid=N`` if it is to be a certain one.
 """
 
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-_DISK_WORDS: Final = {"cache": "cache", "io": "io_engine"}
+_DISK_WORDS: Final = {"format": "format", "cache": "cache", "io": "io_engine"}
 _DISK_RATES: Final = {"bps": "bytes_per_s", "iops": "ops_per_s"}
-_NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend", "queues", "link")
+_NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend", "queues", "link", "socket")
 
 
 class BadSpec(ValueError):
@@ -34,8 +36,12 @@ def parse_disk(text: str) -> dict[str, Any]:
         disk["path"] = source
     elif colon and kind in {"image", "path"}:
         disk[kind] = value
+    elif kind in {"nbd", "nbd+unix"}:
+        disk["nbd"] = source
     else:
-        raise BadSpec(f"disk {text!r}: {source!r} must be image:NAME, path:/FILE or /FILE")
+        raise BadSpec(
+            f"disk {text!r}: {source!r} must be image:NAME, path:/FILE, /FILE or nbd://..."
+        )
     for option in options:
         name, _, value = option.partition("=")
         if option == "ro":
@@ -50,6 +56,15 @@ def parse_disk(text: str) -> dict[str, Any]:
             known = ", ".join(("ro", "size=MIB", *_DISK_WORDS, *_DISK_RATES))
             raise BadSpec(f"disk {text!r}: unknown option {option!r}; known: {known}")
     return disk
+
+
+def parse_share(text: str) -> dict[str, Any]:
+    """Return the fields of a ShareCreate."""
+    tag, equals, rest = text.partition("=")
+    path, *options = rest.split(",")
+    if not (tag and equals and path) or options not in ([], ["ro"]):
+        raise BadSpec(f"share {text!r}: write TAG=/DIRECTORY or TAG=/DIRECTORY,ro")
+    return {"tag": tag, "path": path, "read_only": bool(options)}
 
 
 def parse_nic(text: str) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .specs import BadSpec, parse_disk, parse_label, parse_nic, parse_vsock
+from .specs import (
+    BadSpec,
+    parse_disk,
+    parse_label,
+    parse_nic,
+    parse_share,
+    parse_vsock,
+)
 from .support import (
     EXIT_USAGE,
     Json,
@@ -76,8 +83,9 @@ def create(
     memory: Annotated[int, typer.Option(metavar="MIB", help="Guest memory in MiB.")] = 256,
     disk: Annotated[
         list[str] | None,
-        typer.Option(help="ID=image:NAME or ID=/FILE, then ,ro or ,size=MIB. Again for more."),
+        typer.Option(help="ID=image:NAME, ID=/FILE or ID=nbd://..., then ,ro ,size= or ,format="),
     ] = None,
+    share: Annotated[list[str] | None, typer.Option(help="TAG=/DIRECTORY, then ,ro")] = None,
     nic: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,6 +120,7 @@ def create(
 
     def build() -> VmCreate:
         wanted["disks"] = [parse_disk(text) for text in disk or ()]
+        wanted["shares"] = [parse_share(text) for text in share or ()]
         wanted["nics"] = [parse_nic(text) for text in nic or ()]
         wanted["vsock"] = None if vsock is None else parse_vsock(vsock)
         wanted["labels"] = dict(parse_label(text) for text in label or ())

@@ -38,6 +38,20 @@ HostPath = Annotated[
     StringConstraints(pattern=r"^/[^\x00]*$", max_length=4095),
     Field(description="Absolute path on the host.", examples=["/srv/disks/web-1.raw"]),
 ]
+NbdUri = Annotated[
+    str,
+    StringConstraints(pattern=r"^nbd(\+unix)?://[!-~]{1,1000}$"),
+    Field(
+        description="nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.",
+        examples=["nbd://10.0.0.1/disk1", "nbd+unix:///disk1?socket=/run/nbd.sock"],
+    ),
+]
+# 36 bytes are what virtio-fs has for it; no '/' since it names files and devices too.
+ShareTag = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,35}$"),
+    Field(description="What the guest mounts it by.", examples=["src"]),
+]
 MacAddress = Annotated[
     str,
     StringConstraints(pattern=r"^[0-9a-f][02468ace](:[0-9a-f]{2}){5}$"),
@@ -130,7 +144,7 @@ class RateLimit(Request):
 
 
 class DiskCreate(Request):
-    """A virtio-blk disk, from an imported image or from a raw file or block device of the host."""
+    """A virtio-blk disk: an imported image, a file or block device of the host, or NBD."""
 
     id: DeviceId
     image: Ref | None = Field(
@@ -138,7 +152,15 @@ class DiskCreate(Request):
         description="An imported disk image. A writable disk is this VM's own copy of it.",
     )
     path: HostPath | None = Field(
-        default=None, description="A raw file or block device of the host, used in place."
+        default=None, description="A file or block device of the host, used in place."
+    )
+    format: Literal["raw", "qcow2", "vmdk", "vhdx"] = Field(
+        default="raw",
+        description="Of what `path` names; never guessed. All but raw are served by"
+        " qemu-storage-daemon, write-through, and without backing files.",
+    )
+    nbd: NbdUri | None = Field(
+        default=None, description="A network block device, served by qemu-storage-daemon."
     )
     read_only: bool = False
     size_mib: int | None = Field(
@@ -153,15 +175,28 @@ class DiskCreate(Request):
 
     @model_validator(mode="after")
     def _one_source(self) -> DiskCreate:
-        if (self.image is None) == (self.path is None):
-            raise ValueError("give exactly one of `image` and `path`")
+        if [self.image, self.path, self.nbd].count(None) != 2:
+            raise ValueError("give exactly one of `image`, `path` and `nbd`")
+        if self.format != "raw" and self.path is None:
+            raise ValueError("`format` goes with `path` only: images are raw, NBD has its own")
+        is_ours = self.format == "raw" and self.nbd is None
+        if not is_ours and (self.io_engine != "auto" or self.rate_limit is not None):
+            raise ValueError("`io_engine` and `rate_limit` go with raw disks only")
         if self.size_mib is not None and (self.image is None or self.read_only):
             raise ValueError("`size_mib` goes with a writable `image` only")
         return self
 
 
+class ShareCreate(Request):
+    """A directory of the host that the guest mounts: `mount -t virtiofs TAG /mnt`."""
+
+    tag: ShareTag
+    path: HostPath
+    read_only: bool = False
+
+
 class NicCreate(Request):
-    """A virtio-net interface on a tap of the host."""
+    """A virtio-net interface on a tap of the host, or on a switch."""
 
     id: DeviceId
     tap: InterfaceName | None = Field(
@@ -191,11 +226,20 @@ class NicCreate(Request):
         "the tap, which drops what it has no room for. Not with backend vhost; auto is tap then.",
     )
     tx_limit: RateLimit | None = Field(default=None, description="Of what the guest sends.")
+    socket: HostPath | None = Field(
+        default=None,
+        description="In place of a tap: where a switch, such as OVS with DPDK, listens for"
+        " vhost-user. It moves the packets itself.",
+    )
 
     @model_validator(mode="after")
-    def _no_limited_vhost(self) -> NicCreate:
+    def _of_its_kind(self) -> NicCreate:
         if self.backend == "vhost" and (self.rx_limit or self.tx_limit):
             raise ValueError("`rx_limit` and `tx_limit` do not go with backend vhost: take auto")
+        ours = ("tap", "bridge", "backend", "queues", "link", "rx_limit", "tx_limit")
+        fields = type(self).model_fields
+        if self.socket is not None and any(getattr(self, n) != fields[n].default for n in ours):
+            raise ValueError(f"`socket` goes without {', '.join(ours)}")
         return self
 
 
@@ -230,6 +274,11 @@ class VmCreate(Request):
     vsock: VsockCreate | None = Field(
         default=None, description="A virtio-vsock device; `{}` takes every default."
     )
+    shares: list[ShareCreate] = Field(
+        default_factory=list,
+        max_length=4,
+        description="Served by virtiofsd; hosteld must run as root.",
+    )
     rng: bool = Field(default=True, description="Whether the guest has a virtio-rng device.")
     on_reboot: Literal["reset", "stop"] = Field(
         default="reset", description="What a guest's own reboot does."
@@ -249,6 +298,8 @@ class VmCreate(Request):
             if device_id in OWN_DEVICES:
                 raise ValueError(f"device id {device_id!r} is that of a device of Hostel's own")
             seen.add(device_id)
+        if len({share.tag for share in self.shares}) < len(self.shares):
+            raise ValueError("a share's tag is used twice")
         return self
 
 
@@ -311,8 +362,9 @@ class Disk(Response):
     """A disk as it is."""
 
     id: str
-    path: str
+    path: str = Field(description="Of the host; with format nbd the URI.")
     image: str | None
+    format: Literal["raw", "qcow2", "vmdk", "vhdx", "nbd"]
     read_only: bool
     size_bytes: int
     cache: DiskCache
@@ -320,11 +372,19 @@ class Disk(Response):
     rate_limit: RateLimit | None
 
 
+class Share(Response):
+    """A shared directory as it is."""
+
+    tag: str
+    path: str
+    read_only: bool
+
+
 class Nic(Response):
     """A network interface as it is."""
 
     id: str
-    tap: str
+    tap: str | None
     mac: str
     mtu: int | None
     bridge: str | None
@@ -333,6 +393,7 @@ class Nic(Response):
     link: Link
     rx_limit: RateLimit | None
     tx_limit: RateLimit | None
+    socket: str | None
 
 
 class Vsock(Response):
@@ -374,6 +435,7 @@ class Vm(Response):
     disks: list[Disk]
     nics: list[Nic]
     vsock: Vsock | None
+    shares: list[Share]
     rng: bool
     on_reboot: Literal["reset", "stop"]
     on_panic: Literal["keep", "reset", "stop"]

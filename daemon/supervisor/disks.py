@@ -122,14 +122,7 @@ def open_locked(disk: DiskRecord, index: int) -> int:
     Threads: any; may block on a slow file system.
     """
     field = f"disks.{index}.path"
-    try:
-        is_block = stat.S_ISBLK(os.stat(disk.path).st_mode)  # noqa: PTH116 - open by the same string
-        flags = (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-        # On a block device O_EXCL, without O_CREAT, means: refuse if mounted (open(2)).
-        flags |= os.O_EXCL if is_block and not disk.read_only else 0
-        fd = _open(disk.path, flags, is_direct=disk.cache == "none")
-    except OSError as err:
-        raise _open_error(err, disk.path, field) from err
+    fd = open_unlocked(disk, field, exclusively=not disk.read_only)
     try:
         # It was for the open alone: io_uring takes it at its word, even on a file.
         os.set_blocking(fd, True)
@@ -138,6 +131,24 @@ def open_locked(disk: DiskRecord, index: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def open_unlocked(disk: DiskRecord, field: str, *, exclusively: bool = False) -> int:
+    """Open a disk whose lock the caller, or its VM's worker, holds otherwise.
+
+    Raises:
+        ApiError: missing, or not accessible.
+
+    Threads: any; may block on a slow file system.
+    """
+    try:
+        is_block = stat.S_ISBLK(os.stat(disk.path).st_mode)  # noqa: PTH116 - open by the same string
+        flags = (os.O_RDONLY if disk.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        # On a block device O_EXCL, without O_CREAT, means: refuse if mounted (open(2)).
+        flags |= os.O_EXCL if is_block and exclusively else 0
+        return _open(disk.path, flags, is_direct=disk.cache == "none")
+    except OSError as err:
+        raise _open_error(err, disk.path, field) from err
 
 
 def lock(fd: int, path: str, field: str, *, is_shared: bool) -> None:

@@ -22,6 +22,7 @@ from api.errors import ApiError
 from api.models.resources import Check
 
 from . import procfs
+from .backend_tools import find_tool
 from .launch import MIB, open_kvm
 
 Tier = Literal["any", "direct", "full"]
@@ -116,6 +117,7 @@ def examine(kvm_device: str, state_dir: Path, probe: Probe | None) -> Findings:
         _check_net_admin(),
         _check_node("vhost-net", "/dev/vhost-net", "modprobe vhost_net"),
         _check_node("vhost-vsock", "/dev/vhost-vsock", "modprobe vhost_vsock"),
+        *_check_back_ends(),
         _check_hugepages(),
         _check_cgroup(),
         _check_ksm(),
@@ -184,6 +186,22 @@ def _check_node(name: str, path: str, remedy: str) -> Check:
     if not os.access(path, os.R_OK | os.W_OK):
         return _warn(name, f"{path}: no permission for uid {os.geteuid()}", None)
     return _ok(name, f"{path} can be opened")
+
+
+def _check_back_ends() -> list[Check]:
+    checks = []
+    for name, use in (("qemu-storage-daemon", "disks in formats, NBD"), ("virtiofsd", "shares")):
+        try:
+            found = find_tool(name)
+        except ApiError as err:
+            remedy = err.detail.partition(": ")[2]
+            checks.append(_warn(name, f"is not installed: no VM gets {use}", remedy))
+            continue
+        if name == "virtiofsd" and os.geteuid() != 0:
+            checks.append(_warn(name, f"{found} needs root: no VM gets {use}", "run as root"))
+        else:
+            checks.append(_ok(name, f"{found} serves {use}"))
+    return checks
 
 
 def _check_tun() -> Check:
@@ -267,7 +285,7 @@ def main(kvm_device: str, state_dir: Path, *, as_json: bool, write: Callable[[st
     else:
         lines = []
         for check in findings.checks:
-            lines.append(f"{check.status:8} {check.name:17} {check.detail}\n")
+            lines.append(f"{check.status:8} {check.name:20} {check.detail}\n")
             if check.remedy:
                 lines.append(f"{'':26} -> {check.remedy}\n")
         write("".join([*lines, f"tier: {findings.tier}\n"]))

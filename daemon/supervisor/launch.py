@@ -16,9 +16,10 @@ from typing import Final, Self
 
 from api.errors import ApiError, HostFailure, Internal
 
-from ..protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, VsockSpec
+from ..protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, ShareSpec, VsockSpec
+from .backends import Backends, connect_switch
 from .disks import open_locked
-from .records import DiskRecord, KernelRecord, NicRecord, VmRecord
+from .records import DiskRecord, KernelRecord, NicRecord, ShareRecord, VmRecord
 from .taps import open_taps, open_vhost
 from .vsock import SOCKET_NAME, open_vsock
 
@@ -64,9 +65,17 @@ class Boot:
 
 
 async def prepare(
-    record: VmRecord, boot: Boot, *, kvm_device: str, requested_ns: int, bag: FdBag
+    record: VmRecord,
+    boot: Boot,
+    *,
+    kvm_device: str,
+    requested_ns: int,
+    bag: FdBag,
+    backends: Backends,
 ) -> MachineSpec:
     """Open everything for a VM into ``bag``: KVM, kernel, initrd, disks with locks, taps, vsock.
+
+    Back ends that its devices need are started; on failure the caller ends them.
 
     Args:
         record: the VM.
@@ -74,6 +83,7 @@ async def prepare(
         kvm_device: path of /dev/kvm.
         requested_ns: CLOCK_MONOTONIC of the request to start.
         bag: owns what was opened, on failure too.
+        backends: starts what serves formats and shares.
 
     Raises:
         ApiError: something is missing, not permitted, or in use; says what to do.
@@ -81,8 +91,15 @@ async def prepare(
     kvm_fd = bag.add(open_kvm(kvm_device))
     kernel_fd = bag.add(_open_kept(boot.kernel_path))
     initrd_fd = None if boot.initrd_path is None else bag.add(_open_kept(boot.initrd_path))
-    disks = [await open_disk(disk, index, bag) for index, disk in enumerate(record.disks)]
+    disks = [
+        await _serve_disk(record.id, disk, index, bag, backends)
+        for index, disk in enumerate(record.disks)
+    ]
     nics = [await open_nic(nic, index, record.vcpus, bag) for index, nic in enumerate(record.nics)]
+    shares = [
+        await _open_share(record.id, share, f"shares.{index}", bag, backends)
+        for index, share in enumerate(record.shares)
+    ]
     vsock = None
     if record.vsock is not None:
         vsock_fds = await _in_thread(bag, partial(open_vsock, record.vsock))
@@ -104,6 +121,7 @@ async def prepare(
         on_panic=record.on_panic,
         requested_ns=requested_ns,
         vsock=vsock,
+        shares=tuple(shares),
     )
 
 
@@ -113,7 +131,7 @@ def nic_wishes(nic: NicRecord) -> NicWishes:
 
 
 async def open_disk(disk: DiskRecord, index: int, bag: FdBag) -> DiskSpec:
-    """Open what is behind a disk, locked; raises as prepare()."""
+    """Open what is behind a raw disk, locked; raises as prepare()."""
     (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
     return DiskSpec(disk.id, fd, disk.read_only, disk.io_engine, disk.rate_limit, disk.slot)
 
@@ -122,11 +140,39 @@ def _open_disk(disk: DiskRecord, index: int) -> list[int]:
     return [open_locked(disk, index)]
 
 
+async def _serve_disk(
+    vm_id: str, disk: DiskRecord, index: int, bag: FdBag, backends: Backends
+) -> DiskSpec:
+    disk_fd = None
+    if disk.format != "nbd":
+        spec = await open_disk(disk, index, bag)
+        if disk.format == "raw":
+            return spec
+        # The worker gets this descriptor too, for the lock on it.
+        disk_fd = bag.fds[spec.fd]
+    served = await backends.serve_disk(vm_id, disk, f"disks.{index}.path", disk_fd)
+    fd = bag.add(served.sock.detach())
+    return DiskSpec(disk.id, fd, disk.read_only, slot=disk.slot, vhost_user=True)
+
+
 async def open_nic(nic: NicRecord, index: int, vcpus: int, bag: FdBag) -> NicSpec:
     """Open what is behind a network interface of a VM of ``vcpus``; raises as prepare()."""
+    wishes = nic_wishes(nic)
+    if nic.socket is not None:
+        sock = await connect_switch(nic.socket, nic.id, f"nics.{index}.socket")
+        fds = (bag.add(sock.detach()),)
+        return NicSpec(nic.id, fds, (), nic.mac, nic.mtu, wishes, nic.slot, vhost_user=True)
     tap_fds = await _in_thread(bag, partial(open_taps, nic, index, nic.n_pairs(vcpus)))
     vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
     return NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu, nic_wishes(nic), nic.slot)
+
+
+async def _open_share(
+    vm_id: str, share: ShareRecord, field: str, bag: FdBag, backends: Backends
+) -> ShareSpec:
+    served = await backends.serve_share(vm_id, share, field)
+    fd = bag.add(served.sock.detach())
+    return ShareSpec(share.device_id, share.tag, fd, served.is_libvhost)
 
 
 async def _in_thread(bag: FdBag, opener: Callable[[], list[int]]) -> tuple[int, ...]:

@@ -100,6 +100,7 @@ class Plugger:
 
     async def _join(self, entry: VmEntry, device: Device, request: Request) -> None:
         """Keep a device in the record, then hand it to a running worker."""
+        _check_back_end(entry, device)
         record, event = entry.record, _event(entry, "attached", device, request.actor)
         changes = _with(record, device)
         if record.state is not VmState.RUNNING:
@@ -153,6 +154,7 @@ class Plugger:
         async with entry.lock:
             check(entry, request)
             found = find_device(entry.record, *device)
+            _check_back_end(entry, found)
             event = _event(entry, "detached", found, request.actor)
             try:
                 if entry.record.state is VmState.RUNNING:
@@ -248,6 +250,22 @@ def find_device(record: VmRecord, kind: str, device_id: str) -> Device:
     if found is None:
         raise NotFound(f"{kind}_not_found", f"VM {record.name} has no {kind} {device_id}")
     return found
+
+
+def _check_back_end(entry: VmEntry, device: Device) -> None:
+    """Refuse what a back end serves, where the guest runs.
+
+    Raises:
+        Conflict: it does.
+    """
+    is_served = device.socket if isinstance(device, NicRecord) else device.format != "raw"
+    if is_served and entry.record.state is VmState.RUNNING:
+        raise Conflict(
+            "needs_stopped_vm",
+            f"{kind_of(device)} {device.id} is served by another process: such come and go with a"
+            f" stopped VM only, and VM {entry.record.name} runs",
+            state=entry.record.state.value,
+        )
 
 
 def _with(record: VmRecord, device: Device) -> dict[str, Any]:

@@ -86,12 +86,15 @@ class Reconciler:
         present = procfs.boot_id()
         rows = await store.fetch("SELECT value FROM meta WHERE key = 'boot_id'")
         self._has_rebooted = bool(rows) and rows[0][0] != present
+        self._pool.backends.find()
         known = {entry.record.id for entry in self._table}
         found = {path.name for path in _ours(self._layout.runtime / "vms")}
         await asyncio.gather(
             *(self._reconcile(entry) for entry in list(self._table)),
             *(self._end_leftover(vm_id) for vm_id in found - known),
         )
+        running = {entry.record.id for entry in self._table if entry.worker is not None}
+        await self._pool.backends.end_all_but(running)
         self._sweep_strays(known)
         self._restore_vsocks(known)
         await _note_boot(store, present)

@@ -20,6 +20,7 @@ from ..protocol import DISK_SLOTS, NIC_SLOTS
 from .procfs import Identity
 from .store import Statement
 
+DiskFormat = Literal["raw", "qcow2", "vmdk", "vhdx", "nbd"]
 OnReboot = Literal["reset", "stop"]
 Cache = Literal["writeback", "none"]
 IoEngine = Literal["auto", "io_uring", "threads"]
@@ -41,9 +42,11 @@ class DiskRecord:
     """A VM's disk.
 
     Attributes:
+        path: of a file or block device, with format "nbd" the URI.
         is_own: it goes with the VM.
         rate_limit: what is limited.
         slot: its PCI slot.
+        format: as api.models.vms.Disk has it; all but "raw" are served by a back end.
     """
 
     id: str
@@ -56,11 +59,15 @@ class DiskRecord:
     io_engine: IoEngine = "auto"
     rate_limit: dict[str, int] = field(default_factory=dict)
     slot: int | None = None
+    format: DiskFormat = "raw"
 
 
 @dataclass(frozen=True, slots=True)
 class NicRecord:
-    """A VM's network interface; ``slot`` is its PCI slot, of which guests make its name."""
+    """A VM's network interface; ``slot`` is its PCI slot, of which guests make its name.
+
+    One with a ``socket`` has an empty tap.
+    """
 
     id: str
     tap: str
@@ -73,10 +80,25 @@ class NicRecord:
     rx_limit: dict[str, int] = field(default_factory=dict)
     tx_limit: dict[str, int] = field(default_factory=dict)
     slot: int | None = None
+    socket: str | None = None
 
     def n_pairs(self, vcpus: int) -> int:
         """Return how many pairs of queues it has in a VM of so many vCPUs."""
         return self.queues or min(vcpus, MAX_AUTO_PAIRS)
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRecord:
+    """A directory of the host that a VM may mount."""
+
+    tag: str
+    path: str
+    read_only: bool
+
+    @property
+    def device_id(self) -> str:
+        """Its device's id, which no disk and no interface can have."""
+        return f"share:{self.tag}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +148,7 @@ class VmRecord:
     vsock: VsockRecord | None = None
     # Disks of its own that it has no more, or not yet, whose files are to be removed.
     doomed: tuple[str, ...] = ()
+    shares: tuple[ShareRecord, ...] = ()
 
     def encode(self) -> str:
         """Return the record as JSON text."""
@@ -156,6 +179,7 @@ class VmRecord:
             NicRecord(**{"slot": slot, **nic})
             for slot, nic in zip(NIC_SLOTS, doc["nics"], strict=False)
         )
+        doc["shares"] = tuple(ShareRecord(**share) for share in doc.get("shares", ()))
         return cls(**doc)
 
 

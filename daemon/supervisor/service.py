@@ -94,7 +94,7 @@ class Supervisor:
         self._keys = IdempotencyKeys(self._store, config.idempotency_hours * 3600)
         self._pool = WorkerPool(layout, zygote, tasks)
         self._runner = VmRunner(config, self._table, self._pool, self._library, tasks)
-        planner = Planner(self._table, self._library, layout)
+        planner = Planner(self._table, self._library, layout, self._pool.backends)
         self._maker = VmMaker(self._table, self._runner, planner, self._library, self._pool, layout)
         self._plugger = Plugger(
             self._table, self._runner, self._maker, planner, self._library, layout
@@ -132,6 +132,7 @@ class Supervisor:
         for entry in self._table:
             if entry.worker is not None:
                 entry.worker.release()
+        self._pool.backends.release()
         self._consoles.close()
         await self._zygote.close()
         await self._store.close()

@@ -220,6 +220,12 @@ class VmMaker:
             if patch.size_mib is not None:
                 await self._grow_disk(entry, disk, patch.size_mib * MIB, request)
             if "rate_limit" in patch.model_fields_set:
+                if disk.format != "raw":
+                    raise Invalid(
+                        "disk_format",
+                        f"disk {disk_id} is {disk.format}: only raw disks have limits",
+                        field="rate_limit",
+                    )
                 limits = limits_of(patch.rate_limit)
                 event = entry.event("disk_limited", request.actor, disk=disk_id, **limits)
                 changed = _with_disk(entry.record, disk_id, rate_limit=limits)
@@ -231,6 +237,13 @@ class VmMaker:
     ) -> None:
         if disk.read_only:
             raise Invalid("disk_read_only", f"disk {disk.id} is read-only", field="disk")
+        if disk.format != "raw":
+            raise Invalid(
+                "disk_format",
+                f"disk {disk.id} is {disk.format}: stop the VM and grow it with its own tool, such"
+                " as qemu-img resize",
+                field="disk",
+            )
         size_bytes = await asyncio.to_thread(disks.grow, disk.path, size_bytes)
         event = entry.event("disk_resized", request.actor, disk=disk.id, size_bytes=size_bytes)
         changed = _with_disk(entry.record, disk.id, size_bytes=size_bytes)
@@ -253,6 +266,12 @@ class VmMaker:
             entry.check_present()
             entry.check_version(request.if_match)
             nic = _find_nic(entry.record, nic_id)
+            if nic.socket is not None:
+                raise Invalid(
+                    "nic_on_switch",
+                    f"interface {nic_id} is on the switch at {nic.socket}: change it there",
+                    field="nic",
+                )
             wanted = _patched(nic, patch)
             if wanted == nic:
                 return
@@ -311,6 +330,7 @@ class VmMaker:
     async def _remove_files(self, record: VmRecord) -> None:
         self._pool.forget(record.id)
         vsock.remove_directory(record)
+        await self._pool.backends.gone(record.id)
         path = self._layout.vm_state(record.id)
         try:
             if any(disk.is_own for disk in record.disks):

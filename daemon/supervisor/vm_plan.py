@@ -25,6 +25,7 @@ from api.models.vms import (
     DiskCreate,
     NicCreate,
     RateLimit,
+    ShareCreate,
     VmCreate,
     VmPatch,
     VmState,
@@ -32,11 +33,21 @@ from api.models.vms import (
 )
 
 from ..protocol import DISK_SLOTS, NIC_SLOTS
-from . import disks, lifecycle, procfs, taps
+from . import backend_tools, disks, lifecycle, procfs, taps
+from .backends import Backends
 from .dirs import Layout
 from .launch import MIB
 from .library import Library
-from .records import Cache, DiskRecord, IoEngine, NicRecord, VmRecord, VsockRecord, now
+from .records import (
+    Cache,
+    DiskRecord,
+    IoEngine,
+    NicRecord,
+    ShareRecord,
+    VmRecord,
+    VsockRecord,
+    now,
+)
 from .vm_table import VmEntry, VmTable
 from .vsock import SOCKET_NAME
 
@@ -52,8 +63,11 @@ class Planner:
     Threads: the event loop's; looking at files happens in others.
     """
 
-    def __init__(self, table: VmTable, library: Library, layout: Layout) -> None:
+    def __init__(
+        self, table: VmTable, library: Library, layout: Layout, backends: Backends
+    ) -> None:
         self._table = table
+        self._backends = backends
         self._library = library
         self._layout = layout
 
@@ -79,6 +93,7 @@ class Planner:
             cmdline=request.cmdline,
             disks=await self._plan_disks(vm_id, request.disks),
             nics=self._plan_nics(vm_id, request.nics),
+            shares=self._plan_shares(request.shares),
             # After what is awaited: the caller holds the CID before anyone else can ask for one.
             vsock=self._plan_vsock(vm_id, request.vsock),
             rng=request.rng,
@@ -200,6 +215,10 @@ class Planner:
         seen: dict[tuple[int, int], DiskCreate] = {}
         for index, disk in enumerate(wanted):
             slot = DISK_SLOTS[index]
+            if disk.nbd is not None:
+                nbd = await self._plan_nbd(vm_id, disk, disk.nbd, index)
+                records.append(replace(nbd, slot=slot))
+                continue
             if disk.path is None:
                 records.append(replace(self._image_disk(vm_id, disk, index), slot=slot))
                 continue
@@ -217,14 +236,50 @@ class Planner:
                     f"disks {twin.id} and {disk.id} are the same file; only read_only ones may be",
                     field=field,
                 )
-            records.append(
-                DiskRecord(
-                    *(disk.id, disk.path, None, False, disk.read_only, found.size_bytes),
-                    *_io_of(disk),
-                    slot,
-                )
+            record = DiskRecord(
+                *(disk.id, disk.path, None, False, disk.read_only, found.size_bytes),
+                *_io_of(disk),
+                slot,
+                disk.format,
             )
+            records.append(await self._with_format(vm_id, record, field))
         return tuple(records)
+
+    async def _with_format(self, vm_id: str, disk: DiskRecord, field: str) -> DiskRecord:
+        """Return a disk with its image's own size, after a look into the image."""
+        if disk.format == "raw":
+            return disk
+        probe = replace(disk, read_only=True)
+        fd = await asyncio.to_thread(disks.open_unlocked, probe, field)
+        try:
+            size_bytes = await self._backends.measure(vm_id, probe, field, fd)
+        finally:
+            os.close(fd)
+        return replace(disk, size_bytes=size_bytes)
+
+    async def _plan_nbd(self, vm_id: str, disk: DiskCreate, uri: str, index: int) -> DiskRecord:
+        field = f"disks.{index}.nbd"
+        try:
+            backend_tools.parse_nbd(uri)
+        except ValueError as err:
+            raise Invalid("nbd_uri", str(err), field=field) from err
+        record = DiskRecord(disk.id, uri, None, False, disk.read_only, 0, format="nbd")
+        probe = replace(record, read_only=True)
+        return replace(record, size_bytes=await self._backends.measure(vm_id, probe, field, None))
+
+    def _plan_shares(self, wanted: list[ShareCreate]) -> tuple[ShareRecord, ...]:
+        for index, share in enumerate(wanted):
+            field = f"shares.{index}.path"
+            backend_tools.check_share(share.path, field)
+            self._check_foreign(share.path, field)
+            shared, state = os.path.realpath(share.path), os.path.realpath(self._layout.state)
+            if os.path.commonpath([shared, state]) == shared:
+                raise Invalid(
+                    "share_holds_state_dir",
+                    f"{share.path} holds hosteld's own directory {self._layout.state}",
+                    field=field,
+                )
+        return tuple(ShareRecord(share.tag, share.path, share.read_only) for share in wanted)
 
     def _check_foreign(self, path: str, field: str) -> None:
         """Refuse hosteld's own files, by whatever path: the database, images, other VMs' disks."""
@@ -270,11 +325,15 @@ class Planner:
         records: list[NicRecord] = []
         for index, nic in enumerate(wanted):
             slot = first_slot + index
+            mac = nic.mac or derive_mac(vm_id, nic.id)
+            if nic.socket is not None:
+                alone = NicRecord(nic.id, "", mac, nic.mtu, None, queues=1, slot=slot)
+                records.append(replace(alone, socket=nic.socket))
+                continue
             tap = nic.tap or f"ht{vm_id[:8]}n{slot - NIC_SLOTS[0]}"
             self._check_tap(tap, index, records)
             if nic.bridge is not None:
                 taps.check_bridge(nic.bridge, f"nics.{index}.bridge")
-            mac = nic.mac or derive_mac(vm_id, nic.id)
             limits = limits_of(nic.rx_limit), limits_of(nic.tx_limit)
             own = nic.backend, nic.queues, nic.link
             records.append(NicRecord(nic.id, tap, mac, nic.mtu, nic.bridge, *own, *limits, slot))
@@ -311,7 +370,8 @@ class Planner:
     def _taps(self) -> Iterator[tuple[str, str]]:
         for entry in self._table:
             for nic in entry.record.nics:
-                yield entry.record.name, nic.tap
+                if nic.socket is None:
+                    yield entry.record.name, nic.tap
 
 
 def _io_of(disk: DiskCreate) -> tuple[Cache, IoEngine, dict[str, int]]:

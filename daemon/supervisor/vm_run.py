@@ -23,6 +23,7 @@ from api.models.vms import StopRequest, VmAction, VmState
 from ..errors import WorkerError, WorkerGone
 from ..protocol import MachineSpec
 from . import lifecycle, procfs
+from .backend_recovery import Recovery
 from .config import Config
 from .endings import judge
 from .launch import FdBag, prepare
@@ -83,6 +84,7 @@ class VmRunner:
         self._pool = pool
         self._library = library
         self._tasks = tasks
+        self._recovery = Recovery(table, pool.backends, tasks)
         self._slots = asyncio.Semaphore(LAUNCHES_PER_CPU * (os.cpu_count() or 1))
 
     # --- start
@@ -119,13 +121,20 @@ class VmRunner:
         Raises:
             ApiError: as launch.prepare().
         """
-        return await prepare(
-            record,
-            self._library.boot(record),
-            kvm_device=self._config.kvm_device,
-            requested_ns=request.at_ns,
-            bag=bag,
-        )
+        backends = self._pool.backends
+        await backends.gone(record.id)
+        try:
+            return await prepare(
+                record,
+                self._library.boot(record),
+                kvm_device=self._config.kvm_device,
+                requested_ns=request.at_ns,
+                bag=bag,
+                backends=backends,
+            )
+        except BaseException:
+            self._pool.forget(record.id)
+            raise
 
     async def launch(
         self,
@@ -149,7 +158,7 @@ class VmRunner:
             try:
                 await intend()
             except BaseException:
-                await self._discard(forking)
+                await self._discard(entry.record.id, forking)
                 raise
             try:
                 worker = await forking
@@ -176,12 +185,13 @@ class VmRunner:
             events.append(entry.event("booted", boot_time_us=boot_time_us))
         await self._table.record(entry, *events, **changes)
 
-    async def _discard(self, forking: asyncio.Task[Worker]) -> None:
+    async def _discard(self, vm_id: str, forking: asyncio.Task[Worker]) -> None:
         """End a worker that nobody knows of yet."""
         try:
             worker = await asyncio.shield(forking)
         except (WorkerError, OSError) as err:
             log.debug("no worker to discard error=%s", err)
+            self._pool.backends.end(vm_id)
             return
         worker.kill()
         await worker.wait_ended(KILL_TIMEOUT_S)
@@ -231,6 +241,7 @@ class VmRunner:
         worker.ended.add_done_callback(
             lambda _: self._tasks.spawn(self._on_ended(entry, worker), "vm-ended")
         )
+        self._recovery.check(entry, worker)  # what was lost while no hosteld looked
 
     # --- stop and kill
 
@@ -373,6 +384,7 @@ class VmRunner:
     # --- keeping up with the worker
 
     def _spawn_sync(self, entry: VmEntry, worker: Worker) -> None:
+        self._recovery.check(entry, worker)
         # One takes over all that was told until it runs: a chatty worker is not to fill memory.
         if not entry.sync_pending:
             entry.sync_pending = True
@@ -446,6 +458,7 @@ class VmRunner:
         verdict = judge(ending, was_killed=entry.kill_requested)
         entry.kill_requested = False
         self._pool.forget(entry.record.id)
+        await self._pool.backends.gone(entry.record.id)  # and with them the disks' locks
         why = forced or verdict.reason
         if asked and forced is None and verdict.state is VmState.STOPPED:
             why = None

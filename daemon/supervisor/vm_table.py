@@ -15,12 +15,12 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm, Vsock
+from api.models.vms import Disk, Nic, RateLimit, Share, StateReason, Vm, Vsock
 from api.ports import ListQuery
 
 from . import lifecycle
@@ -338,6 +338,7 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
                 id=disk.id,
                 path=disk.path,
                 image=disk.image_id and names.get(disk.image_id, disk.image_id),
+                format=disk.format,
                 read_only=disk.read_only,
                 size_bytes=disk.size_bytes,
                 cache=disk.cache,
@@ -349,7 +350,7 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
         nics=[
             Nic(
                 id=nic.id,
-                tap=nic.tap,
+                tap=nic.tap or None,
                 mac=nic.mac,
                 mtu=nic.mtu,
                 bridge=nic.bridge,
@@ -358,12 +359,12 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
                 link=nic.link,
                 rx_limit=_limit(nic.rx_limit),
                 tx_limit=_limit(nic.tx_limit),
+                socket=nic.socket,
             )
             for nic in record.nics
         ],
-        vsock=None
-        if vsock is None
-        else Vsock(cid=vsock.cid, backend=vsock.backend, path=vsock.path),
+        vsock=None if vsock is None else Vsock(**asdict(vsock)),
+        shares=[Share(**asdict(share)) for share in record.shares],
         rng=record.rng,
         on_reboot=record.on_reboot,
         on_panic=record.on_panic,

@@ -24,6 +24,7 @@ from .. import protocol
 from ..errors import ProtocolError, WorkerError, WorkerGone
 from ..protocol import MachineSpec, Status
 from . import procfs
+from .backends import Backends
 from .channel import Channel, Handlers
 from .dirs import Layout
 from .tasks import Tasks
@@ -323,6 +324,7 @@ class WorkerPool:
     def __init__(self, layout: Layout, zygote: ZygoteClient, tasks: Tasks) -> None:
         self.zygote = zygote
         self.tasks = tasks
+        self.backends = Backends(layout)
         self._layout = layout
 
     async def spawn(self, vm_id: str) -> Worker:
@@ -449,7 +451,8 @@ class WorkerPool:
         return worker
 
     def forget(self, vm_id: str) -> None:
-        """Remove what a dead worker left in the runtime directory."""
+        """Remove what a dead worker left: its back ends, and its part of the runtime directory."""
+        self.backends.end(vm_id)
         runtime = self._layout.vm_runtime(vm_id)
         try:
             connect(runtime).close()

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import errno
 import io
 import logging
@@ -11,6 +13,8 @@ import os
 from typing import Final
 
 from kvm_ffi.host_process import punch_hole
+
+from ..errors import ProtocolError
 
 log = logging.getLogger(__name__)
 
@@ -79,3 +83,15 @@ class WorkerLog(io.TextIOBase):
         """Append ``text``."""
         self._log.append(text.encode("utf-8", "backslashreplace"))
         return len(text)
+
+
+def decode_input(text: str) -> bytes:
+    """Return what is to be typed into a console.
+
+    Raises:
+        ProtocolError: not base64.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error as err:
+        raise ProtocolError(f"console_write: {err}") from err

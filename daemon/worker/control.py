@@ -17,6 +17,7 @@ from ..errors import ProtocolError, WorkerError
 log = logging.getLogger(__name__)
 
 Handler = Callable[[str, dict[str, Any], tuple[int, ...]], dict[str, Any]]
+FdHandler = Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]
 
 # A hosteld that is slow to read gets this many messages later; one that does not read at all is
 # hung up on, and asks for the status when it comes back.

@@ -13,6 +13,7 @@ from devices.virtio.blk import VirtioBlk
 from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.rng import VirtioRng
+from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserFs, VhostUserNet
 from devices.virtio.vsock import VirtioVsock
 from kvm_ffi.blk_engine import IoEngine
 from kvm_ffi.net_tap import Tap
@@ -26,17 +27,24 @@ from ..protocol import (
     DiskSpec,
     MachineSpec,
     NicSpec,
+    ShareSpec,
     VsockSpec,
 )
+from .backends import Backends
 
 _RELEASED: Final = -1
 
 
 class MachineFds:
-    """The descriptors that a launch brought; they outlive a reset of the machine."""
+    """The descriptors that a launch brought; they outlive a reset of the machine.
+
+    Attributes:
+        backends: the vhost-user back ends that some of them are connected to.
+    """
 
     def __init__(self, fds: tuple[int, ...]) -> None:
         self._fds = list(fds)
+        self.backends = Backends()
 
     def __len__(self) -> int:
         return len(self._fds)
@@ -63,6 +71,7 @@ class MachineFds:
 
     def close(self) -> None:
         """Close them all."""
+        self.backends.close()
         self.release(tuple(fd for fd in self._fds if fd != _RELEASED))
         self._fds.clear()
 
@@ -75,10 +84,20 @@ def virtio_devices(
 ) -> Iterator[tuple[DeviceMaker, tuple[int, ...], Sequence[int]]]:
     """Yield how to make each device, the descriptors behind it, and where it may go."""
     for disk in spec.disks:
-        yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],), _slots(disk.slot, DISK_SLOTS)
+        where = _slots(disk.slot, DISK_SLOTS)
+        if disk.vhost_user:
+            yield partial(_make_vhost_user_blk, disk, fds), (), where
+        else:
+            yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],), where
     for nic in spec.nics:
-        nic_fds = tuple(fds[index] for index in (*nic.tap_fds, *nic.vhost_fds))
-        yield partial(_make_nic, nic), nic_fds, _slots(nic.slot, NIC_SLOTS)
+        where = _slots(nic.slot, NIC_SLOTS)
+        if nic.vhost_user:
+            yield partial(_make_vhost_user_net, nic, fds), (), where
+        else:
+            nic_fds = tuple(fds[index] for index in (*nic.tap_fds, *nic.vhost_fds))
+            yield partial(_make_nic, nic), nic_fds, where
+    for share in spec.shares:
+        yield partial(_make_vhost_user_fs, share, fds), (), OTHER_SLOTS
     if spec.vsock is not None:
         vsock = spec.vsock
         yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
@@ -122,6 +141,26 @@ def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
 
 def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
     return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
+
+
+def _make_vhost_user_blk(disk: DiskSpec, fds: MachineFds, _: list[int]) -> VirtioDevice:
+    # qemu-storage-daemon is built on it.
+    link = fds.backends.link(disk.id, fds[disk.fd], VhostUserBlk.CONFIG_BYTES, is_libvhost=True)
+    return VhostUserBlk(disk.id, link)
+
+
+def _make_vhost_user_net(nic: NicSpec, fds: MachineFds, _: list[int]) -> VirtioDevice:
+    link = fds.backends.link(
+        nic.id, fds[nic.tap_fds[0]], VhostUserNet.CONFIG_BYTES, is_libvhost=False
+    )
+    return VhostUserNet(nic.id, link, mac=bytes.fromhex(nic.mac.replace(":", "")), mtu=nic.mtu)
+
+
+def _make_vhost_user_fs(share: ShareSpec, fds: MachineFds, _: list[int]) -> VirtioDevice:
+    link = fds.backends.link(
+        share.id, fds[share.fd], VhostUserFs.CONFIG_BYTES, is_libvhost=share.is_libvhost
+    )
+    return VhostUserFs(share.id, link, tag=share.tag)
 
 
 def make_with_copies(make: DeviceMaker, fds: tuple[int, ...]) -> VirtioDevice:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ from devices.platform import IrqLine
 from devices.virtio.blk import VirtioBlk
 from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
+from devices.virtio.vhost_user.device import (
+    VhostUserBlk,
+    VhostUserDevice,
+    VhostUserNet,
+)
 from devices.virtio.vsock import VirtioVsock
 from kvm_ffi import exits, x86_64
 from kvm_ffi.blk_engine import SECTOR_BYTES
@@ -59,7 +65,7 @@ class MachineEvent:
         generation: of the Machine it comes from; a reset makes a new one.
         code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
             "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error"; or "ejected", and
-            then collect_ejected() has something to do.
+            then collect_ejected() has something to do; or "backend_lost".
         at_ns: CLOCK_MONOTONIC.
     """
 
@@ -99,6 +105,7 @@ class Machine:
     ) -> None:
         self.generation = next(_generations)
         self._post = post
+        self._backends = fds.backends
         with contextlib.ExitStack() as stack:
             self._build(spec, fds, facts, stack)
             self._stack = stack.pop_all()
@@ -196,6 +203,8 @@ class Machine:
         stack.callback(self._virtio.close)
         for make, device_fds, slots in virtio_devices(spec, fds):
             self._virtio.add(make_with_copies(make, device_fds), slots, device_fds)
+        self._backends.serve(self.event_loop, self._on_backend_lost)
+        stack.callback(self._backends.rest)
 
     def _create_vcpus(
         self, kvm: Kvm, spec: MachineSpec, state: boot.BootState, stack: contextlib.ExitStack
@@ -342,9 +351,30 @@ class Machine:
         """Close what the guest has let go of; return ids, and descriptors as pull() does."""
         return self._virtio.collect()
 
+    def attach_backend(self, device_id: str, sock: socket.socket) -> None:
+        """Go on with a device's new back end; ``sock`` is owned from now on.
+
+        Raises:
+            WorkerError: the VM has no such device, or the back end is not usable.
+        """
+        device = self._virtio.get(device_id)
+        if not isinstance(device, VhostUserDevice):
+            sock.close()
+            raise WorkerError("no_such_backend", f"no back end serves a device {device_id!r}")
+        try:
+            self._backends.attach(device_id, sock, device.negotiated)
+            device.reattach()
+        except BackendError as err:
+            raise WorkerError("backend_refused", str(err)) from err
+
     def stats(self) -> dict[str, Any]:
         """Return counters as api/models/vms.py's VmStats has them."""
-        of = {VirtioBlk: "disks", VirtioNet: "nics"}
+        of = {
+            VirtioBlk: "disks",
+            VhostUserBlk: "disks",
+            VirtioNet: "nics",
+            VhostUserNet: "nics",
+        }
         stats: dict[str, Any] = {"vcpu_exits": self._table.counters(), "disks": {}, "nics": {}}
         stats["disk_details"] = {
             device.name: device.details()
@@ -385,6 +415,9 @@ class Machine:
 
     def _on_guest_panic(self, event: PanicEvent) -> None:
         self._report("guest_panic", f"the guest reported a panic: {event.name}")
+
+    def _on_backend_lost(self) -> None:
+        self._report("backend_lost", "a back end is lost")
 
     def _on_fatal(self, vcpu: Vcpu, kind: int) -> None:
         code, message = _FATAL.get(kind, ("kvm_error", f"the vCPU stopped with exit {kind}"))

@@ -8,10 +8,7 @@ devices' kicks and what the machine reports; vCPUs and fast devices have threads
 
 from __future__ import annotations
 
-import base64
-import binascii
 import collections
-import json
 import logging
 import os
 import selectors
@@ -35,9 +32,10 @@ from .. import protocol
 from ..errors import ProtocolError, WorkerError
 from ..images.errors import ImageError
 from ..protocol import MachineSpec, NicWishes, Status
-from .console import BoundedLog, WorkerLog
-from .control import ControlServer
+from .console import BoundedLog, WorkerLog, decode_input
+from .control import ControlServer, FdHandler
 from .device_makers import MachineFds
+from .last_words import write_last_words
 from .machine import Machine, MachineEvent
 
 log = logging.getLogger(__name__)
@@ -50,8 +48,6 @@ SETTLE_AFTER_S: Final = 30.0
 MAX_SETTLE_ATTEMPTS: Final = 10
 # hosteld may have given up, or died, between its fork and its launch.
 LAUNCH_TIMEOUT_S: Final = 60.0
-# More than any status takes.
-LAST_WORDS_BYTES: Final = 4096
 
 
 def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None, image: HeapImage | None) -> int:
@@ -125,6 +121,11 @@ class Worker:
         self._last_reset = 0.0
         # What a guest can make the worker log, and so write to the host's disk.
         self._log_limit = RateLimiter()
+        self._with_fds: dict[str, FdHandler] = {
+            "launch": self._on_launch,
+            "attach": self._on_attach,
+            "attach_backend": self._on_attach_backend,
+        }
         self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "status": self._on_status,
             "pause": self._on_pause,
@@ -188,10 +189,8 @@ class Worker:
             WorkerError: it cannot be done, with a stable code.
             ProtocolError: its arguments are wrong.
         """
-        if op == "launch":
-            return self._on_launch(args, fds)
-        if op == "attach":
-            return self._on_attach(args, fds)
+        if (take := self._with_fds.get(op)) is not None:
+            return take(args, fds)
         protocol.close_all(fds)
         handler = self._requests.get(op)
         if handler is None:
@@ -211,8 +210,17 @@ class Worker:
             if isinstance(err, HostError | ImageError | OSError | ValueError):
                 raise WorkerError("launch_failed", str(err)) from err
             raise
-        self._note_devices()
         self._set_state("running")
+        return self._status.encode()
+
+    def _on_attach_backend(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        if len(fds) != 1 or self._machine is None:
+            protocol.close_all(fds)
+            raise WorkerError("wrong_state", f"attach_backend: the VM is {self._status.state}")
+        try:
+            self._machine.attach_backend(str(args.get("device")), socket.socket(fileno=fds[0]))
+        finally:
+            self._note_devices()
         return self._status.encode()
 
     def _on_status(self, _args: dict[str, Any]) -> dict[str, Any]:
@@ -315,16 +323,16 @@ class Worker:
         self._note_devices()
 
     def _note_devices(self) -> None:
-        assert self._spec is not None
-        assert self._fds is not None
+        if self._spec is None or self._fds is None:
+            return
         ids = (*(d.id for d in self._spec.disks), *(n.id for n in self._spec.nics))
-        self._status = replace(self._status, devices=ids, next_fd=len(self._fds))
+        lost = self._fds.backends.lost()
+        self._status = replace(
+            self._status, devices=ids, next_fd=len(self._fds), backends_lost=lost
+        )
 
     def _on_console_write(self, args: dict[str, Any]) -> dict[str, Any]:
-        try:
-            data = base64.b64decode(str(args.get("data")), validate=True)
-        except binascii.Error as err:
-            raise ProtocolError(f"console_write: {err}") from err
+        data = decode_input(str(args.get("data")))
         return {"taken": self._need("running", "paused").serial.write_input(data)}
 
     def _on_stats(self, _args: dict[str, Any]) -> dict[str, Any]:
@@ -359,7 +367,7 @@ class Worker:
                 elapsed_us = (event.at_ns - self._spec.requested_ns) // 1000
                 self._status = replace(self._status, boot_time_us=elapsed_us)
                 self._tell()
-        elif event.code == "ejected":
+        elif event.code in ("ejected", "backend_lost"):
             self._forget_devices(self._machine.collect_ejected())
             self._tell()
         elif event.code == "guest_poweroff":
@@ -396,7 +404,7 @@ class Worker:
         self._machine.stop()
         self._reset_due = None
         self._set_state("crashed", event.reason)
-        self._write_last_words()
+        write_last_words(self._last_words_fd, self._status)
 
     # --- state
 
@@ -466,7 +474,7 @@ class Worker:
         if self._machine is not None:
             self._machine.stop()
         self._set_state("stopped", {"code": code, "message": message, "detail": {}})
-        self._write_last_words()
+        write_last_words(self._last_words_fd, self._status)
 
     def _teardown(self) -> None:
         self._unbuild()
@@ -474,21 +482,13 @@ class Worker:
             self._fds.close()
 
     def _set_state(self, state: str, reason: dict[str, Any] | None = None) -> None:
+        self._note_devices()  # also of back ends that were lost between two machines
         self._status = replace(self._status, state=state, reason=reason)
         self._tell()
 
     def _tell(self) -> None:
         if self._control is not None:
             self._control.notify("state", self._status.encode())
-
-    def _write_last_words(self) -> None:
-        """Leave the status for a hosteld that is away right now."""
-        # Padded, so that one write replaces any earlier words whole.
-        data = json.dumps(self._status.encode()).encode().ljust(LAST_WORDS_BYTES)
-        try:
-            os.pwrite(self._last_words_fd, data, 0)
-        except OSError as err:
-            log.error("last words not kept: %s", err)
 
     # --- console
 

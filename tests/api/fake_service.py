@@ -522,8 +522,9 @@ def _page(objects: list[T], query: ListQuery) -> Page[T]:
 def _disk(wanted: DiskCreate) -> Disk:
     return Disk(
         id=wanted.id,
-        path=wanted.path or f"/state/{wanted.image}",
+        path=wanted.path or wanted.nbd or f"/state/{wanted.image}",
         image=wanted.image,
+        format="nbd" if wanted.nbd else wanted.format,
         read_only=wanted.read_only,
         size_bytes=(wanted.size_mib or 1) << 20,
         cache=wanted.cache,
@@ -539,6 +540,7 @@ def _nic(wanted: NicCreate) -> Nic:
         mac=wanted.mac or "02:00:00:00:00:01",
         mtu=wanted.mtu,
         bridge=wanted.bridge,
+        socket=wanted.socket,
         backend=wanted.backend,
         queues=wanted.queues or 1,
         link=wanted.link,

@@ -19,7 +19,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from api.cli.main import app
-from api.cli.specs import BadSpec, parse_disk, parse_label, parse_nic
+from api.cli.specs import BadSpec, parse_disk, parse_label, parse_nic, parse_share
 from api.models.common import ObjectRef
 from api.models.resources import OperationState
 from api.models.vms import VmState
@@ -371,6 +371,12 @@ def test_unreadable_disk_says_how_to_write_it(text: str) -> None:
 
 
 def test_nic_is_read_as_written() -> None:
+    assert parse_disk("d=/f,format=qcow2") == {"id": "d", "path": "/f", "format": "qcow2"}
+    assert parse_disk("d=nbd+unix:///x?socket=/s") == {
+        "id": "d",
+        "nbd": "nbd+unix:///x?socket=/s",
+    }
+    assert parse_share("src=/d,ro") == {"tag": "src", "path": "/d", "read_only": True}
     nic = parse_nic("net0,tap=tap7,bridge=br0,mac=02:00:00:00:00:01,mtu=1400,backend=tap,queues=2")
     assert nic == {
         "id": "net0",

@@ -48,7 +48,7 @@ def refuse(api: Api, body: dict[str, Any]) -> dict[str, Any]:
         (
             {"disks": [{"id": "root"}]},
             "disks.0",
-            "disks.0: give exactly one of `image` and `path`",
+            "disks.0: give exactly one of `image`, `path` and `nbd`",
         ),
         (
             {"nics": [{"id": "net0", "tap": "a" * 16}]},

@@ -19,6 +19,7 @@ from tests.support.hostel import Hostel, kill
 from tests.support.linux import LinuxGuest
 from tests.support.processes import back_ends
 from tests.support.storage_daemon import make_image
+from tests.support.vhost_user_hub import Hub
 
 MIB = 1 << 20
 DISK_MIB = 64
@@ -55,6 +56,7 @@ def rig(hostel: Hostel, guest: Guest) -> Iterator[Rig]:
     shared = hostel.directory / "shared"
     shared.mkdir()
     (shared / "greeting").write_text("hello from the host\n")
+    hub = Hub(hostel.directory / "hub.sock")
     hostel.api.post(
         "/v1/vms?wait=60",
         {
@@ -71,11 +73,13 @@ def rig(hostel: Hostel, guest: Guest) -> Iterator[Rig]:
                 {"tag": "src", "path": str(shared)},
                 {"tag": "fixed", "path": str(shared), "read_only": True},
             ],
+            "nics": [{"id": f"lan{n}", "socket": str(hub.path)} for n in (0, 1)],
         },
     )
     backed = LinuxGuest(hostel, guest, "backed")
     with backed.running():
         yield Rig(backed, image, shared)
+    hub.close()
     assert back_ends(hostel) == set()
 
 
@@ -105,6 +109,17 @@ def test_file_system_on_it_survives_a_killed_daemon(rig: Rig) -> None:
         assert guest.ask(f"sha256sum < /data/{number}") == wanted
     assert guest.ask("dmesg | grep -c 'I/O error' || true") == "0"
     assert [lost["data"]["device"] for lost in rig.events("vm.backend_lost")] == ["data"] * 2
+
+
+def test_frames_of_one_interface_reach_the_other_through_the_switch(rig: Rig) -> None:
+    guest = rig.guest
+    for n in (0, 1):
+        guest.ask(f"ip addr add 10.9.{n}.1/24 dev eth{n} && ip link set eth{n} up")
+    received = "cat /sys/class/net/eth1/statistics/rx_packets"
+    before = int(guest.ask(received))
+    # Requests from an address of its own are ones that a host takes and does not answer.
+    guest.sh("arping -c 5 -I eth0 -s 10.9.0.1 10.9.1.1")
+    assert int(guest.ask(received)) >= before + 5
 
 
 def test_host_s_directory_is_read_and_written(rig: Rig) -> None:

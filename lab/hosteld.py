@@ -30,6 +30,8 @@ POLL_S: Final = 0.02
 ORPHAN_GRACE_S: Final = 1.0
 # How hosteld, its zygote and so its workers were started.
 PROGRAMS: Final = (b"/hosteld", b"daemon.supervisor.main", b"daemon.zygote")
+# What the environment of a back end begins an entry with: daemon/supervisor/backend_processes.py.
+BACK_END_MARK: Final = b"HOSTEL_BACKEND="
 _started: Final[set[int]] = set()  # our own hostelds, which are nobody's orphans
 
 
@@ -150,7 +152,7 @@ def become_reaper() -> None:
 
 
 def end_orphans(limit_s: float = 10.0) -> list[int]:
-    """Kill the workers and zygotes that have become our children; return their process ids.
+    """Kill the workers, zygotes and back ends that have become our children; return their ids.
 
     Each is given a moment first: a zygote ends by itself when its hosteld has ended.
 
@@ -190,8 +192,10 @@ def is_running(pid: int) -> bool:
 
 
 def is_hosteld(pid: int) -> bool:
-    """Tell whether a process runs hosteld's program: hosteld, its zygote or a worker."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return any(
-        w.endswith((b"/hosteld", b"daemon.supervisor.main", b"daemon.zygote")) for w in words
-    )
+    """Tell whether a process is hosteld, its zygote, a worker or a back end of one."""
+    process = Path(f"/proc/{pid}")
+    words = (process / "cmdline").read_bytes().split(b"\0")
+    if any(word.endswith(PROGRAMS) for word in words):
+        return True
+    environment = (process / "environ").read_bytes().split(b"\0")
+    return any(entry.startswith(BACK_END_MARK) for entry in environment)

@@ -10,28 +10,35 @@ import subprocess
 import time
 from pathlib import Path
 
-PROGRAM = "qemu-storage-daemon"
+# Whatever becomes of the tests, it ends with them.
+PROGRAM = ("setpriv", "--pdeathsig", "KILL", "qemu-storage-daemon")
 DEADLINE_S = 60.0
 
 
 def run_qmp(*commands: tuple[str, dict[str, object]]) -> None:
     """Run QMP commands in a storage daemon of their own; a job is waited for."""
-    argv = [PROGRAM, "--chardev", "stdio,id=qmp", "--monitor", "chardev=qmp"]
+    argv = [*PROGRAM, "--chardev", "stdio,id=qmp", "--monitor", "chardev=qmp"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as tool:
-        assert tool.stdin is not None
-        assert tool.stdout is not None
-        for name, arguments in [("qmp_capabilities", {}), *commands]:
-            tool.stdin.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
-            tool.stdin.flush()
-            awaited = "concluded" if "job-id" in arguments else None
-            while True:
-                told = json.loads(tool.stdout.readline())
-                assert "error" not in told, told
-                if awaited is None and "return" in told:
-                    break
-                if told.get("data", {}).get("status") == awaited:
-                    break
-        tool.kill()
+        try:
+            for name, arguments in [("qmp_capabilities", {}), *commands]:
+                _run_one(tool, name, arguments)
+        finally:
+            tool.kill()
+
+
+def _run_one(tool: subprocess.Popen[str], name: str, arguments: dict[str, object]) -> None:
+    assert tool.stdin is not None
+    assert tool.stdout is not None
+    tool.stdin.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
+    tool.stdin.flush()
+    awaited = "concluded" if "job-id" in arguments else None
+    while True:
+        told = json.loads(tool.stdout.readline())
+        assert "error" not in told, told
+        if awaited is None and "return" in told:
+            return
+        if told.get("data", {}).get("status") == awaited:
+            return
 
 
 def make_image(path: Path, size_bytes: int, kind: str = "qcow2") -> Path:
@@ -83,7 +90,7 @@ class StorageDaemon:
         ]
         self.process = subprocess.Popen(
             [
-                PROGRAM,
+                *PROGRAM,
                 *("--blockdev", f"driver=file,node-name=file,filename={image}"),
                 *("--blockdev", f"driver={kind},node-name=disk,file=file,discard=unmap"),
                 *(slow if slow_writes else []),
@@ -92,7 +99,14 @@ class StorageDaemon:
         )
 
     def connect(self) -> socket.socket:
-        """Return a connection to it, once it listens."""
+        """Return a connection to it, once it listens; it is killed where it never does."""
+        try:
+            return self._connect()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _connect(self) -> socket.socket:
         due = time.monotonic() + DEADLINE_S
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

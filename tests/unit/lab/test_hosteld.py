@@ -50,19 +50,29 @@ def test_other_programs_are_not_taken_for_hosteld() -> None:
     assert not is_hosteld(os.getpid())
 
 
-def test_an_orphaned_daemon_is_found_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosteld, "ORPHAN_GRACE_S", 0.0)
-    hosteld.become_reaper()
-    # A grandchild whose parent ends at once, with hosteld's name as its own argument.
-    code = "import time; time.sleep(60)"
-    orphan = shlex.join([sys.executable, "-c", code, "-m", "daemon.zygote"])
+def orphan(argv: list[str], environment: dict[str, str]) -> int:
+    """Start a program whose parent ends at once; return its process id."""
     shell = subprocess.run(
-        ["sh", "-c", f"{orphan} >/dev/null 2>&1 & echo $!"],
+        ["sh", "-c", f"{shlex.join(argv)} >/dev/null 2>&1 & echo $!"],
         capture_output=True,
         text=True,
         check=True,
+        env={**os.environ, **environment},
     )
-    pid = int(shell.stdout)
+    return int(shell.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [(["-m", "daemon.zygote"], {}), ([], {"HOSTEL_BACKEND": "/run/x/vms/1/root"})],
+    ids=["by its name", "a back end"],
+)
+def test_an_orphaned_process_of_a_daemon_is_found_and_ended(
+    arguments: list[str], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosteld, "ORPHAN_GRACE_S", 0.0)
+    hosteld.become_reaper()
+    pid = orphan([sys.executable, "-c", "import time; time.sleep(60)", *arguments], environment)
     assert is_running(pid)
     assert hosteld.end_orphans() == [pid]
     assert not is_running(pid)

@@ -44,17 +44,19 @@ def share(tmp_path: Path, make_machine: MachineFactory) -> Iterator[tuple[Machin
         listener.listen(1)
         argv = [PROGRAM, f"--fd={listener.fileno()}", "-o", f"source={tmp_path}"]
         process = subprocess.Popen(argv, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL)
+    try:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(tmp_path / "socket"))
-    link = Link("fs", sock, config_bytes=0, is_libvhost=True)
-    machine = make_machine(VhostUserFs("fs", link, tag="src"))
-    link.watch(machine.loop)
-    yield machine, link
-    link.watch(None)
-    machine.close()
-    link.close()
-    process.kill()
-    process.wait()
+        link = Link("fs", sock, config_bytes=0, is_libvhost=True)
+        machine = make_machine(VhostUserFs("fs", link, tag="src"))
+        link.watch(machine.loop)
+        yield machine, link
+        link.watch(None)
+        machine.close()
+        link.close()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def mount(machine: Machine) -> bytes:

@@ -31,7 +31,9 @@ def main() -> int:
     """Measure, and print the result."""
     options = parser(__doc__).parse_args()
     directory = Path(tempfile.mkdtemp(prefix="hb-"))
-    hostel = Hostel(directory)
+    # Sockets and pids on a tmpfs, as /run is on a host that systemd started.
+    runtime_dir = Path(tempfile.mkdtemp(prefix="hb-", dir="/dev/shm"))
+    hostel = Hostel(directory, runtime_dir=runtime_dir)
     try:
         hostel.start()
         tier = str(hostel.api.get("/v1/host")["tier"])
@@ -43,6 +45,7 @@ def main() -> int:
     finally:
         hostel.end()
         shutil.rmtree(directory)
+        shutil.rmtree(runtime_dir)
     show(document("create", tier, rows), as_json=options.json)
     return 0
 

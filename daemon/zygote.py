@@ -3,8 +3,9 @@
 """The zygote: a small, warm, single-threaded process that forks one worker per VM.
 
 It has imported all that a worker needs and nothing else, so a fork costs about 2 ms and shares its
-pages. hosteld starts it before it imports anything large; when hosteld dies the zygote ends, and
-the workers live on.
+pages. One fork, the spare, is always made ahead and waits for its VM. hosteld starts the zygote
+before it imports anything large; when hosteld dies the zygote and the spare end, and the workers
+live on.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from . import protocol
 from .errors import ProtocolError
 
+if TYPE_CHECKING:
+    from kvm_ffi.heap_image import HeapImage
+
 log = logging.getLogger(__name__)
 
-WORKER_FDS = 4  # listener, console, log, last_words: the order of protocol.py
+WORKER_FDS: Final = 4  # listener, console, log, last_words: the order of protocol.py
+SCOUT_TIMEOUT_S: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +76,33 @@ def _enter(sock: socket.socket) -> None:
         os._exit(status)
 
 
+@dataclass(frozen=True, slots=True)
+class _Spare:
+    """A worker that waits on a socket for its VM."""
+
+    pid: int
+    sock: socket.socket
+
+
 class Zygote:
     """Serves fork requests until hosteld's end of the socket closes."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._wake_read, self._wake_write = socket.socketpair()
+        self._image: HeapImage | None = None
+        self._learned = b""
+        self._spare: _Spare | None = None
+        self._wants_spare = True
 
     def run(self) -> None:
         """Import the worker, freeze the heap, then serve."""
-        from kvm_ffi.heap_image import HeapImage
         from kvm_ffi.host_process import keep_heap_small
 
-        from .worker import main as worker_main
+        from .worker import process
         from .worker.warm_up import warm_up
 
-        self._worker_main = worker_main.run
+        self._worker = process
         os.setsid()
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)  # hosteld's standard input may be a terminal
@@ -103,11 +119,7 @@ class Zygote:
         gc.collect()
         keep_heap_small()
         gc.freeze()
-        try:
-            self._image: HeapImage | None = HeapImage()
-        except OSError as err:
-            log.warning("workers will use more memory: no heap image: %s", err)
-            self._image = None
+        self._make_image()
         with selectors.DefaultSelector() as selector:
             selector.register(self._sock, selectors.EVENT_READ)
             selector.register(self._wake_read, selectors.EVENT_READ)
@@ -115,13 +127,30 @@ class Zygote:
             while self._serve(selector):
                 pass
 
+    def _make_image(self) -> None:
+        """Make the memory an image, and send a fork ahead to learn what a launch writes to."""
+        from kvm_ffi.heap_image import HeapImage
+
+        try:
+            self._image = HeapImage()
+        except OSError as err:
+            log.warning("workers will use more memory: no heap image: %s", err)
+            return
+        if self._facts is not None:
+            self._learned = _send_scout(self._image)
+
     def _serve(self, selector: selectors.BaseSelector) -> bool:
         """Wait for one round of events; False when hosteld has gone."""
-        for key, _ in selector.select():
+        events = selector.select(0 if self._wants_spare else None)
+        if not events and (error := self._make_spare(selector)) is not None:
+            log.warning("no worker ahead: fork: %s", error.strerror)
+        for key, _ in events:
             if key.fileobj is self._wake_read:
                 self._wake_read.recv(4096)
                 self._reap()
                 continue
+            # Before the request is read: a fork is to inherit none of its descriptors.
+            error = self._make_spare(selector)
             try:
                 message = protocol.receive(self._sock)
             except ConnectionResetError:
@@ -129,33 +158,56 @@ class Zygote:
             if message is None:
                 return False
             try:
-                self._answer(message, selector)
+                self._answer(message, error)
             finally:
                 protocol.close_all(message.fds)
         return True
 
-    def _answer(self, message: protocol.Message, selector: selectors.BaseSelector) -> None:
+    def _make_spare(self, selector: selectors.BaseSelector) -> OSError | None:
+        """Have a worker wait for its VM; return why there is none."""
+        # Not again by itself if this fails: the next request tries.
+        self._wants_spare = False
+        if self._spare is not None:
+            return None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid = os.fork()
+        except OSError as err:
+            ours.close()
+            theirs.close()
+            return err
+        if pid == 0:
+            ours.close()
+            self._become_worker(theirs, selector)
+        theirs.close()
+        self._spare = _Spare(pid, ours)
+        return None
+
+    def _answer(self, message: protocol.Message, error: OSError | None) -> None:
         request_id = message.body.get("id")
         if message.body.get("op") != "fork" or len(message.fds) != WORKER_FDS:
             self._refuse(request_id, "bad_request", "the zygote knows only fork, with four fds")
             return
-        try:
-            pid = os.fork()
-        except OSError as err:
-            self._refuse(request_id, "fork_failed", f"fork: {err.strerror}")
+        if self._spare is None:
+            assert error is not None
+            self._refuse(request_id, "fork_failed", f"fork: {error.strerror}")
             return
-        if pid == 0:
-            args = message.body.get("args", {})
-            self._become_worker(str(args.get("vm", "")), message.fds, selector)
+        spare, self._spare = self._spare, None
+        self._wants_spare = True
+        # Safe against pid reuse: this process is the parent and has not reaped it yet.
+        pidfd = -1
         try:
-            # Safe against pid reuse: this process is the parent and has not reaped it yet.
-            pidfd = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(spare.pid)
+            vm_id = message.body.get("args", {}).get("vm", "")
+            protocol.send(spare.sock, {"vm": vm_id}, message.fds)
+            self._send({"id": request_id, "ok": {"pid": spare.pid}}, (pidfd,))
         except OSError as err:
-            os.kill(pid, signal.SIGKILL)  # nobody could watch it
-            self._refuse(request_id, "fork_failed", f"pidfd_open: {err.strerror}")
-            return
-        self._send({"id": request_id, "ok": {"pid": pid}}, (pidfd,))
-        os.close(pidfd)
+            # It ends by itself, without a VM.
+            self._refuse(request_id, "fork_failed", f"no worker: {err.strerror}")
+        finally:
+            spare.sock.close()
+            if pidfd >= 0:
+                os.close(pidfd)
 
     def _refuse(self, request_id: object, code: str, message: str) -> None:
         self._send({"id": request_id, "error": {"code": code, "message": message}})
@@ -167,21 +219,26 @@ class Zygote:
             # hosteld has gone: the next receive says so, and the zygote ends.
             log.info("message to hosteld lost: %s", err)
 
-    def _become_worker(
-        self, vm_id: str, fds: tuple[int, ...], selector: selectors.BaseSelector
-    ) -> None:
-        """Drop all that is the zygote's, run the worker, and leave by os._exit."""
+    def _become_worker(self, sock: socket.socket, selector: selectors.BaseSelector) -> None:
+        """Drop all that is the zygote's, wait for a VM, run it, and leave by os._exit."""
         status = 1
         try:
+            image = self._worker.prepare(self._image, self._learned)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             selector.close()
-            for sock in (self._sock, self._wake_read, self._wake_write):
-                sock.close()
-            status = self._worker_main(vm_id, fds, self._facts, self._image)
+            for end in (self._sock, self._wake_read, self._wake_write):
+                end.close()
+            message = protocol.receive(sock)
+            sock.close()
+            status = 0  # the zygote has gone, and this worker was never needed
+            if message is not None:
+                vm_id = str(message.body["vm"])
+                status = self._worker.run(vm_id, message.fds, self._facts, image)
         except Exception:
             # The border of the process: the traceback goes to the worker's own log.
-            logging.getLogger("daemon.worker").exception("worker failed vm=%s", vm_id)
+            logging.getLogger("daemon.worker").exception("worker failed")
+            status = 1
         finally:
             logging.shutdown()
             os._exit(status)
@@ -194,7 +251,36 @@ class Zygote:
                 return
             if pid == 0:
                 return
+            if self._spare is not None and pid == self._spare.pid:
+                # One that cannot start is not to be made again and again.
+                log.error("spare worker ended pid=%d status=%d", pid, status)
+                self._spare.sock.close()
+                self._spare = None
+                continue
             self._send({"notice": "exited", "data": {"pid": pid, "status": status}})
+
+
+def _send_scout(image: HeapImage) -> bytes:
+    """Have a fork live a worker's life; return the pages that this took, b"" if it failed."""
+    from .worker.warm_up import warm_up
+
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(SCOUT_TIMEOUT_S)
+            image.attach()
+            warm_up(rounds=1)
+            os.write(write_end, image.learn())
+        except OSError as err:
+            log.warning("launches will be slower: nothing learned: %s", err)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        learned = pipe.read()
+    os.waitpid(pid, 0)
+    return learned
 
 
 def main() -> None:

@@ -10,8 +10,12 @@ of a privately mapped file can be dropped and is then the file's again.
 from __future__ import annotations
 
 import os
+from typing import Final
 
 from ._kvm import ffi, lib
+
+# Several times what the launch of a VM makes of them.
+MAX_RANGES: Final = 2048
 
 
 class HeapImage:
@@ -37,6 +41,18 @@ class HeapImage:
         """
         _check(lib.heap_image_attach(self._raw))
 
+    def learn(self) -> bytes:
+        """Return which pages this fork has unshared by now, for unshare() of other forks.
+
+        The fork has attached, and done what they will do.
+
+        Raises:
+            OSError: it may not look into its own /proc/self.
+        """
+        ranges = ffi.new("struct page_range[]", MAX_RANGES)
+        n = _check(lib.heap_image_learn(self._raw, ranges, MAX_RANGES))
+        return bytes(ffi.buffer(ranges, n * ffi.sizeof("struct page_range")))
+
     def give_back(self) -> int:
         """Share again what this process has not changed; returns the pages that are its own.
 
@@ -50,6 +66,18 @@ class HeapImage:
             OSError: the kernel refused; what was not given back is as it was.
         """
         return _check(lib.heap_image_give_back(self._raw))
+
+
+def unshare(learned: bytes) -> None:
+    """Let a fork copy the pages of learn() at once, not by a page fault each.
+
+    Raises:
+        OSError: the kernel refused, as Linux before 5.14 does; then page faults will do it.
+
+    Source: madvise(2), MADV_POPULATE_WRITE.
+    """
+    ranges = ffi.from_buffer("struct page_range[]", learned)
+    _check(lib.heap_image_unshare(ranges, len(ranges)))
 
 
 def _check(ret: int) -> int:

@@ -47,12 +47,15 @@ class Hosteld:
     Args:
         directory: an existing directory; short, since a socket's path has at most 107 characters.
         options: further arguments of hosteld.
+        runtime_dir: for sockets and such; below ``directory`` if not given.
     """
 
-    def __init__(self, directory: Path, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, options: Sequence[str] = (), runtime_dir: Path | None = None
+    ) -> None:
         self.directory = directory
         self.state_dir = directory / "state"
-        self.runtime_dir = directory / "run"
+        self.runtime_dir = runtime_dir or directory / "run"
         self.log = directory / "hosteld.log"
         self.options = tuple(options)
         self.process: subprocess.Popen[bytes] | None = None

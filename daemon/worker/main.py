@@ -12,7 +12,6 @@ import collections
 import logging
 import os
 import selectors
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -23,16 +22,14 @@ from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.heap_image import HeapImage
-from kvm_ffi.host_process import drop_privileges, name_thread
 from kvm_ffi.rate_limiter import RateLimit
 from kvm_ffi.system import HostFacts
-from kvm_ffi.vcpu import install_kick_signal
 
 from .. import protocol
 from ..errors import ProtocolError, WorkerError
 from ..images.errors import ImageError
 from ..protocol import MachineSpec, NicWishes, Status
-from .console import BoundedLog, WorkerLog, decode_input
+from .console import BoundedLog, decode_input
 from .control import ControlServer, FdHandler
 from .device_makers import MachineFds
 from .last_words import write_last_words
@@ -48,43 +45,6 @@ SETTLE_AFTER_S: Final = 30.0
 MAX_SETTLE_ATTEMPTS: Final = 10
 # hosteld may have given up, or died, between its fork and its launch.
 LAUNCH_TIMEOUT_S: Final = 60.0
-
-
-def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None, image: HeapImage | None) -> int:
-    """Be a worker until its VM ends; returns the process's exit status.
-
-    Args:
-        fds: listener, console, log and last_words, as protocol.py says; owned from here on.
-        facts: what the zygote found out about this host, or None.
-        image: of the zygote's memory, or None.
-    """
-    listener_fd, console_fd, log_fd, last_words_fd = fds
-    os.dup2(log_fd, 1)
-    os.dup2(log_fd, 2)
-    os.close(log_fd)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=WorkerLog(2),
-        force=True,
-    )
-    os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        if image is not None:
-            image.attach()
-    except OSError as err:
-        log.warning("memory will not be shared again: %s", err)
-        image = None
-    drop_privileges()
-    install_kick_signal()
-    name_thread(f"vm-{vm_id}")
-    with selectors.DefaultSelector() as selector:
-        worker = Worker(vm_id, selector, console_fd, last_words_fd, facts, image)
-        control = ControlServer(socket.socket(fileno=listener_fd), selector, worker.handle)
-        worker.serve(control)
-        control.close()
-    return 0
 
 
 class Worker:
@@ -210,7 +170,7 @@ class Worker:
             if isinstance(err, HostError | ImageError | OSError | ValueError):
                 raise WorkerError("launch_failed", str(err)) from err
             raise
-        self._set_state("running")
+        self._note_state("running")  # the reply tells it
         return self._status.encode()
 
     def _on_attach_backend(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
@@ -482,9 +442,12 @@ class Worker:
             self._fds.close()
 
     def _set_state(self, state: str, reason: dict[str, Any] | None = None) -> None:
+        self._note_state(state, reason)
+        self._tell()
+
+    def _note_state(self, state: str, reason: dict[str, Any] | None = None) -> None:
         self._note_devices()  # also of back ends that were lost between two machines
         self._status = replace(self._status, state=state, reason=reason)
-        self._tell()
 
     def _tell(self) -> None:
         if self._control is not None:

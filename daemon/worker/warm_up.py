@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 ROUNDS: Final = 10
 
 
-def warm_up(kvm_device: str = "/dev/kvm") -> HostFacts | None:
+def warm_up(rounds: int = ROUNDS, kvm_device: str = "/dev/kvm") -> HostFacts | None:
     """Be a worker from launch to quit, a few times; return what is known of the host.
 
     None where the host has no KVM for this user: hosteld says so when it is asked for a VM.
@@ -52,7 +52,7 @@ def warm_up(kvm_device: str = "/dev/kvm") -> HostFacts | None:
                 stack.callback(os.close, fds[-1])
                 os.write(fds[-1], content)
             install_kick_signal()
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 _live(fds, facts)
     except (OSError, HostError, WorkerError, ProtocolError) as err:
         logging.disable(logging.NOTSET)

@@ -37,6 +37,7 @@
 #define PAGEMAP_PRESENT (1ull << 63)
 #define PAGEMAP_SWAPPED (1ull << 62)
 #define PAGEMAP_FILE (1ull << 61)
+#define PAGEMAP_EXCLUSIVE (1ull << 56)
 
 struct mapping {
 	uintptr_t start;
@@ -50,7 +51,7 @@ struct mapping {
 };
 
 typedef int visit_mapping(const struct heap_image *image, const struct mapping *mapping,
-			  int64_t *count);
+			  void *user);
 
 static uint64_t now_ns(void)
 {
@@ -120,17 +121,17 @@ static bool has_special_flags(const char *line)
 
 /* Call `visit` for each mapping until one fails. The text, of maps or smaps, is read before the
  * first call, since a visit may change the mappings. */
-static int64_t visit_mappings(const struct heap_image *image, int text_fd, visit_mapping *visit)
+static int visit_mappings(const struct heap_image *image, int text_fd, visit_mapping *visit,
+			  void *user)
 {
 	char text[MAPS_BYTES];
 	ssize_t got = read_all(text_fd, text, sizeof(text) - 1);
 	struct mapping next, mapping = {0};
-	int64_t count = 0;
 	char *line, *rest;
 	int err = 0;
 
 	if (got < 0)
-		return got;
+		return (int)got;
 	text[got] = '\0';
 	for (line = strtok_r(text, "\n", &rest); line && err == 0;
 	     line = strtok_r(NULL, "\n", &rest)) {
@@ -140,23 +141,24 @@ static int64_t visit_mappings(const struct heap_image *image, int text_fd, visit
 			continue;
 		/* Now all is known of the one before. */
 		if (mapping.is_private_writable)
-			err = visit(image, &mapping, &count);
+			err = visit(image, &mapping, user);
 		mapping = next;
 	}
 	if (err == 0 && mapping.is_private_writable)
-		err = visit(image, &mapping, &count);
-	return err < 0 ? err : count;
+		err = visit(image, &mapping, user);
+	return err;
 }
 
 /* With no signal in between: its handler would write to memory that is being compared or moved. */
-static int64_t visit_undisturbed(const struct heap_image *image, int text_fd, visit_mapping *visit)
+static int visit_undisturbed(const struct heap_image *image, int text_fd, visit_mapping *visit,
+			     void *user)
 {
 	sigset_t all, before;
-	int64_t ret;
+	int ret;
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &before);
-	ret = visit_mappings(image, text_fd, visit);
+	ret = visit_mappings(image, text_fd, visit, user);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	return ret;
 }
@@ -184,13 +186,13 @@ static int copy_out(int memfd, const struct mapping *mapping, off_t offset)
 	return 0;
 }
 
-static int move_mapping(const struct heap_image *image, const struct mapping *mapping,
-			int64_t *count)
+static int move_mapping(const struct heap_image *image, const struct mapping *mapping, void *user)
 {
 	size_t bytes = mapping->end - mapping->start;
 	struct stat status;
 	int err;
 
+	(void)user;
 	if (mapping->is_stack || mapping->is_special)
 		return 0;
 	if (fstat(image->memfd, &status) < 0)
@@ -203,7 +205,6 @@ static int move_mapping(const struct heap_image *image, const struct mapping *ma
 	if (mmap((void *)mapping->start, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
 		 image->memfd, status.st_size) == MAP_FAILED)
 		return -errno;
-	*count += (int64_t)(bytes / PAGE_BYTES);
 	return 0;
 }
 
@@ -247,7 +248,6 @@ static int seal(const struct heap_image *image)
 
 int heap_image_create(struct heap_image *image)
 {
-	int64_t moved;
 	int smaps_fd, err;
 
 	if (!has_one_thread())
@@ -260,8 +260,9 @@ int heap_image_create(struct heap_image *image)
 	if (image->memfd < 0) {
 		err = -errno;
 	} else {
-		moved = visit_undisturbed(image, smaps_fd, move_mapping);
-		err = moved < 0 ? (int)moved : seal(image);
+		err = visit_undisturbed(image, smaps_fd, move_mapping, NULL);
+		if (err == 0)
+			err = seal(image);
 		if (err < 0)
 			close(image->memfd);
 	}
@@ -292,6 +293,21 @@ static bool is_changed(const struct heap_image *image, uint64_t entry, const uin
 	       memcmp(page, original, PAGE_BYTES) != 0;
 }
 
+static int read_entries(const struct heap_image *image, uintptr_t page, uint64_t *entries, size_t n)
+{
+	size_t bytes = n * sizeof(entries[0]);
+	off_t at = (off_t)(page / PAGE_BYTES * sizeof(entries[0]));
+
+	return pread(image->pagemap_fd, entries, bytes, at) == (ssize_t)bytes ? 0 : -EIO;
+}
+
+static size_t batch_at(const struct mapping *mapping, uintptr_t page)
+{
+	size_t left = (mapping->end - page) / PAGE_BYTES;
+
+	return left < PAGEMAP_BATCH ? left : PAGEMAP_BATCH;
+}
+
 static int give_back_mapping(const struct heap_image *image, const struct mapping *mapping,
 			     int64_t *count)
 {
@@ -301,13 +317,11 @@ static int give_back_mapping(const struct heap_image *image, const struct mappin
 	int err;
 
 	while (page < mapping->end) {
-		size_t left = (mapping->end - page) / PAGE_BYTES;
-		size_t n = left < PAGEMAP_BATCH ? left : PAGEMAP_BATCH;
-		off_t at = (off_t)(page / PAGE_BYTES * sizeof(entries[0]));
+		size_t n = batch_at(mapping, page);
 
-		if (pread(image->pagemap_fd, entries, n * sizeof(entries[0]), at) !=
-		    (ssize_t)(n * sizeof(entries[0])))
-			return -EIO;
+		err = read_entries(image, page, entries, n);
+		if (err < 0)
+			return err;
 		if (now_ns() > image->deadline_ns)
 			return -EAGAIN;
 		for (size_t i = 0; i < n; i++, page += PAGE_BYTES) {
@@ -325,31 +339,100 @@ static int give_back_mapping(const struct heap_image *image, const struct mappin
 	return drop(unchanged_since, mapping->end);
 }
 
-static int visit_give_back(const struct heap_image *image, const struct mapping *mapping,
-			   int64_t *count)
+/* Whether it is of the image, by what is mapped there now: the process may have unmapped a part,
+ * and put something else in its place. */
+static int is_of_image(const struct heap_image *image, const struct mapping *mapping)
 {
 	struct stat status;
 
 	if (fstat(image->memfd, &status) < 0)
 		return -errno;
-	/* By what is mapped there now: the process may have unmapped a part of the image, and put
-	 * something else in its place. */
-	if (mapping->inode != status.st_ino || mapping->device != status.st_dev)
-		return 0;
-	return give_back_mapping(image, mapping, count);
+	return mapping->inode == status.st_ino && mapping->device == status.st_dev;
+}
+
+static int visit_give_back(const struct heap_image *image, const struct mapping *mapping,
+			   void *user)
+{
+	int ret = is_of_image(image, mapping);
+
+	return ret <= 0 ? ret : give_back_mapping(image, mapping, user);
+}
+
+/* What learning fills; `user` of its visits. */
+struct learned {
+	struct page_range *ranges;
+	uint32_t max;
+	uint32_t n;
+};
+
+static void learn_page(struct learned *learned, uintptr_t page)
+{
+	struct page_range *last = learned->n ? &learned->ranges[learned->n - 1] : NULL;
+
+	if (last && last->end == page)
+		last->end += PAGE_BYTES;
+	else if (learned->n < learned->max)
+		learned->ranges[learned->n++] = (struct page_range){page, page + PAGE_BYTES};
+}
+
+static int visit_learn(const struct heap_image *image, const struct mapping *mapping, void *user)
+{
+	/* A copy that is its parent's too is no work of this fork. */
+	const uint64_t own = PAGEMAP_PRESENT | PAGEMAP_EXCLUSIVE;
+	uint64_t entries[PAGEMAP_BATCH];
+	uintptr_t page = mapping->start;
+	int ret = is_of_image(image, mapping);
+
+	if (ret <= 0)
+		return ret;
+	while (page < mapping->end) {
+		size_t n = batch_at(mapping, page);
+
+		ret = read_entries(image, page, entries, n);
+		if (ret < 0)
+			return ret;
+		for (size_t i = 0; i < n; i++, page += PAGE_BYTES) {
+			if ((entries[i] & own) == own && !(entries[i] & PAGEMAP_FILE))
+				learn_page(user, page);
+		}
+	}
+	return 0;
+}
+
+int64_t heap_image_learn(struct heap_image *image, struct page_range *ranges, uint32_t max)
+{
+	struct learned learned = {ranges, max, 0};
+	int ret = visit_undisturbed(image, image->maps_fd, visit_learn, &learned);
+
+	return ret < 0 ? ret : (int64_t)learned.n;
+}
+
+int heap_image_unshare(const struct page_range *ranges, uint32_t n)
+{
+	int err = 0;
+
+	for (uint32_t i = 0; i < n; i++) {
+		size_t bytes = ranges[i].end - ranges[i].start;
+
+		if (madvise((void *)ranges[i].start, bytes, MADV_POPULATE_WRITE) < 0)
+			err = -errno;
+	}
+	return err;
 }
 
 int64_t heap_image_give_back(struct heap_image *image)
 {
 	/* Another thread could write to a page between its comparison and its drop. */
-	int64_t ret = stand_still_begin(image->task_fd);
+	int ret = stand_still_begin(image->task_fd);
+	int64_t kept = 0;
 
 	if (ret == 0) {
 		image->deadline_ns = now_ns() + GIVE_BACK_LIMIT_NS;
-		ret = visit_undisturbed(image, image->maps_fd, visit_give_back);
+		ret = visit_undisturbed(image, image->maps_fd, visit_give_back, &kept);
 		stand_still_end();
 	}
-	if (ret >= 0)
-		detach(image);
-	return ret;
+	if (ret < 0)
+		return ret;
+	detach(image);
+	return kept;
 }

@@ -59,7 +59,7 @@ def test_only_kvm_ffi_touches_the_c_module() -> None:
 
 
 def test_worker_loads_nothing_of_hosteld() -> None:
-    code = "import sys, daemon.zygote, daemon.worker.main; print('\\n'.join(sys.modules))"
+    code = "import sys, daemon.zygote, daemon.worker.process; print('\\n'.join(sys.modules))"
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,

@@ -178,10 +178,11 @@ class FakeWorker:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
-    fake = types.ModuleType("daemon.worker.main")
+    fake = types.ModuleType("daemon.worker.process")
     fake.run = lambda vm_id, fds, *_: FakeWorker(vm_id, fds).run()  # type: ignore[attr-defined]
+    fake.prepare = lambda image, learned: None  # type: ignore[attr-defined]
     fake.warm_up = lambda: None  # type: ignore[attr-defined]
-    sys.modules["daemon.worker.main"] = sys.modules["daemon.worker.warm_up"] = fake
+    sys.modules["daemon.worker.process"] = sys.modules["daemon.worker.warm_up"] = fake
     zygote.Zygote(socket.socket(fileno=parser.parse_args().fd)).run()
 
 

@@ -28,9 +28,11 @@ _FLOCK = struct.Struct("hhqqi4x")
 class Hostel:
     """One hosteld and the API to it."""
 
-    def __init__(self, directory: Path, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, directory: Path, options: Sequence[str] = (), runtime_dir: Path | None = None
+    ) -> None:
         self.directory = directory
-        self.daemon = Hosteld(directory, options)
+        self.daemon = Hosteld(directory, options, runtime_dir)
         self.api = Api(self.daemon.socket)
         self._names = itertools.count()
         self._token = secrets.token_hex(3)
@@ -87,21 +89,20 @@ class Hostel:
         self.api.delete(f"/v1/vms/{name}", force=True)
 
     def workers(self) -> set[int]:
-        """Return the processes that came of this hosteld, itself and its zygote left out.
+        """Return the processes that have been given a VM by this hosteld.
 
         A worker is a fork of the zygote, which is a fork of hosteld: all have its command line.
-        The zygote of a hosteld that was killed counts too, for the moment that it still lives.
+        Only those with a VM are named after one.
         """
-        assert self.daemon.process is not None
-        marker, hosteld = os.fsencode(self.daemon.runtime_dir), self.daemon.process.pid
+        marker = os.fsencode(self.daemon.runtime_dir)
         found = set()
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 words = (path / "cmdline").read_bytes().split(b"\0")
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                name = (path / "comm").read_text().strip()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if marker in words and hosteld not in (int(path.name), parent):
+            if marker in words and name.startswith("vm-") and name != "vm-spare":
                 found.add(int(path.name))
         return found
 

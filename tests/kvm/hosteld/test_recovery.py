@@ -92,17 +92,61 @@ def test_a_poweroff_while_hosteld_was_away_is_told(own_hostel: Hostel) -> None:
 
 
 def test_a_dead_zygote_is_replaced(own_hostel: Hostel) -> None:
-    assert own_hostel.daemon.process is not None
-    children = Path(f"/proc/{own_hostel.daemon.process.pid}/task").glob("*/children")
-    zygotes = [int(pid) for path in children for pid in path.read_text().split()]
-    assert len(zygotes) == 1
-    kill(zygotes[0])
+    kill(zygote_of(own_hostel))
     name = own_hostel.create(QUIET)
     deadline = time.monotonic() + 30
     while own_hostel.api.request("POST", f"/v1/vms/{name}/start?wait=60").status != 200:
         assert time.monotonic() < deadline
     assert own_hostel.api.vm(name)["state"] == "running"
     own_hostel.delete(name)
+
+
+def spare_of(zygote: int) -> int:
+    """Return the worker that waits for a VM."""
+    deadline = time.monotonic() + 10
+    while True:
+        for pid in Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split():
+            if Path(f"/proc/{pid}/comm").read_text() == "vm-spare\n":
+                return int(pid)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def zygote_of(hostel: Hostel) -> int:
+    assert hostel.daemon.process is not None
+    children = Path(f"/proc/{hostel.daemon.process.pid}/task").glob("*/children")
+    (zygote,) = [int(pid) for path in children for pid in path.read_text().split()]
+    return zygote
+
+
+def test_a_spare_worker_gets_the_next_vm(own_hostel: Hostel) -> None:
+    zygote = zygote_of(own_hostel)
+    spare = spare_of(zygote)
+    name = own_hostel.run(QUIET)
+    assert own_hostel.api.vm(name)["pid"] == spare
+    assert spare_of(zygote) != spare
+    own_hostel.delete(name)
+
+
+def test_a_start_does_without_a_spare_that_was_killed(own_hostel: Hostel) -> None:
+    zygote = zygote_of(own_hostel)
+    spare = spare_of(zygote)
+    kill(spare)
+    while is_running(spare):
+        time.sleep(0.01)
+    name = own_hostel.run(QUIET)
+    assert own_hostel.api.vm(name)["state"] == "running"
+    own_hostel.delete(name)
+
+
+def test_a_spare_ends_with_its_hosteld(own_hostel: Hostel) -> None:
+    spare = spare_of(zygote_of(own_hostel))
+    own_hostel.daemon.kill()
+    deadline = time.monotonic() + 10
+    while is_running(spare):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    own_hostel.daemon.start()
 
 
 def kill_during(hostel: Hostel, act: Callable[[], object], after_s: float) -> None:

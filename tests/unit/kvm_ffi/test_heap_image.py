@@ -200,6 +200,49 @@ def test_a_thread_that_waits_for_input_goes_on_waiting() -> None:
     """)
 
 
+def test_what_one_fork_learned_another_has_before_it_writes() -> None:
+    assert not run("""
+        import resource
+        from kvm_ffi.heap_image import unshare
+        image = HeapImage()
+
+        def work():
+            for entry in data[::3]:
+                entry["text"] = "changed"
+            assert all(
+                entry["text"] == ("changed" if i % 3 == 0 else str(i) * 20)
+                for i, entry in enumerate(data)
+            )
+
+        def faults_of_work():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            work()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        def told_by(main):
+            readable, writable = os.pipe()
+            fork(lambda: os.write(writable, main()))
+            os.close(writable)
+            with open(readable, "rb") as pipe:
+                return pipe.read()
+
+        def scout():
+            image.attach()
+            work()
+            return image.learn()
+
+        def prepared():
+            unshare(learned)
+            return b"%d" % faults_of_work()
+
+        learned = told_by(scout)
+        assert len(learned) % 16 == 0
+        with_it = int(told_by(prepared))
+        without = int(told_by(lambda: b"%d" % faults_of_work()))
+        assert with_it < without / 5, (with_it, without)
+    """)
+
+
 def test_nobody_can_change_the_image() -> None:
     assert not run("""
         image = HeapImage()

@@ -180,6 +180,8 @@ class MachineSpec:
         requested_ns: CLOCK_MONOTONIC of the request that started the VM; boot time counts from it.
         setup_header: hex of the bzImage's setup header, empty for an ELF kernel.
         entry: "linux64" or "pvh".
+        watchdog: what is done when it expires, "reset", "poweroff", "pause" or "none"; None for no
+            watchdog.
     """
 
     vm_id: str
@@ -199,6 +201,7 @@ class MachineSpec:
     requested_ns: int
     vsock: VsockSpec | None = None
     shares: tuple[ShareSpec, ...] = ()
+    watchdog: str | None = None
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""
@@ -230,6 +233,8 @@ class MachineSpec:
         Raises:
             ProtocolError: a field is missing, unknown or misshapen.
         """
+        if missing := set(cls.__slots__) - args.keys():
+            raise ProtocolError(f"launch: without {', '.join(sorted(missing))}")
         try:
             fields = dict(args)
             fields["disks"] = tuple(DiskSpec(**disk) for disk in fields["disks"])
@@ -279,6 +284,7 @@ class Status:
             that cannot change them.
         next_fd: the index of the next descriptor that an attach brings.
         backends_lost: why there is no connection to a vhost-user back end, by device id.
+        watchdog_expired: how often since the launch.
     """
 
     state: str
@@ -290,6 +296,7 @@ class Status:
     devices: tuple[str, ...] | None = None
     next_fd: int = 0
     backends_lost: dict[str, str] = field(default_factory=dict)
+    watchdog_expired: int = 0
 
     def encode(self) -> dict[str, Any]:
         """Return the status as JSON."""
@@ -315,7 +322,8 @@ class Status:
             shapes = {"code": str, "message": str, "detail": dict}
             is_sound = all(isinstance(reason.get(name), kind) for name, kind in shapes.items())
         devices = data.get("devices")
-        is_sound = is_sound and isinstance(data.get("next_fd", 0), int)
+        numbers = (data.get(name, 0) for name in ("next_fd", "watchdog_expired"))
+        is_sound = is_sound and all(isinstance(number, int) for number in numbers)
         is_sound = is_sound and isinstance(devices, list | tuple | None)
         if is_sound and devices is not None:
             is_sound = all(isinstance(name, str) for name in devices)

@@ -47,6 +47,7 @@ DISK_MODULES: Final = (
     "virtio_mem",
     "virtio_input",
     "pvpanic-mmio",
+    "wdat_wdt",
     "vmw_vsock_virtio_transport",
     "fuse",
     "virtiofs",

@@ -103,6 +103,7 @@ def show_vm(vm: Vm) -> None:
         *((f"disk {disk.id}", f"{_size(disk.size_bytes)}  {disk.path}") for disk in vm.disks),
         *((f"nic {nic.id}", f"{nic.mac}  {nic.tap}  {_text(nic.bridge)}") for nic in vm.nics),
         *([] if vm.vsock is None else [("vsock", f"cid {vm.vsock.cid}  {vm.vsock.path}")]),
+        *([] if vm.watchdog is None else [("watchdog", vm.watchdog.action)]),
         *((f"label {key}", value) for key, value in vm.labels.items()),
         ("pid", _text(vm.pid)),
         ("boot time", "" if vm.boot_time_us is None else f"{vm.boot_time_us / 1000:.1f} ms"),

@@ -43,6 +43,26 @@ Timeout = Annotated[
     float, typer.Option(min=0, max=3600, help="Seconds that the guest has to power off.")
 ]
 
+# Devices of a new VM, as specs.py reads them.
+Disks = Annotated[
+    list[str] | None,
+    typer.Option(help="ID=image:NAME, ID=/FILE or ID=nbd://..., then ,ro ,size= or ,format="),
+]
+Shares = Annotated[list[str] | None, typer.Option(help="TAG=/DIRECTORY, then ,ro")]
+Nics = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="ID, then ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= or ,link=. Again for more."
+    ),
+]
+Vsock = Annotated[
+    str | None,
+    typer.Option(metavar="BACKEND", help="A vsock device: auto or unix, then ,cid="),
+]
+Watchdog = Annotated[
+    str | None, typer.Option(help="A watchdog that does: reset, poweroff, pause or none.")
+]
+
 
 def print_outcome(outcome: Vm | Operation, *, as_json: bool) -> None:
     """Print what became of a request: the VM's state, or the operation that goes on."""
@@ -81,21 +101,11 @@ def create(
     cmdline: Annotated[str | None, typer.Option(help="Kernel command line.")] = None,
     vcpus: Annotated[int, typer.Option(help="1 to 16.")] = 1,
     memory: Annotated[int, typer.Option(metavar="MIB", help="Guest memory in MiB.")] = 256,
-    disk: Annotated[
-        list[str] | None,
-        typer.Option(help="ID=image:NAME, ID=/FILE or ID=nbd://..., then ,ro ,size= or ,format="),
-    ] = None,
-    share: Annotated[list[str] | None, typer.Option(help="TAG=/DIRECTORY, then ,ro")] = None,
-    nic: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="ID, then ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= or ,link=. Again for more."
-        ),
-    ] = None,
-    vsock: Annotated[
-        str | None,
-        typer.Option(metavar="BACKEND", help="A vsock device: auto or unix, then ,cid="),
-    ] = None,
+    disk: Disks = None,
+    share: Shares = None,
+    nic: Nics = None,
+    vsock: Vsock = None,
+    watchdog: Watchdog = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE. Again for more.")] = None,
     no_rng: Annotated[bool, typer.Option("--no-rng", help="No virtio-rng device.")] = False,
     on_reboot: Annotated[str, typer.Option(help="reset or stop.")] = "reset",
@@ -116,6 +126,7 @@ def create(
         "on_panic": on_panic,
         "start": start,
         **({} if cmdline is None else {"cmdline": cmdline}),
+        **({} if watchdog is None else {"watchdog": {"action": watchdog}}),
     }
 
     def build() -> VmCreate:

@@ -55,6 +55,11 @@ Labels = Annotated[
     ],
     Field(description="Free key-value pairs, at most 32.", max_length=32),
 ]
+HostPath = Annotated[
+    str,
+    StringConstraints(pattern=r"^/[^\x00]*$", max_length=4095),
+    Field(description="Absolute path on the host.", examples=["/srv/disks/web-1.raw"]),
+]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -9,8 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .common import Json, Name, ObjectRef, Problem, Request, Response, Sha256, Timestamp
-from .vms import HostPath
+from .common import HostPath, Json, Name, ObjectRef, Problem, Request, Response, Sha256, Timestamp
 
 
 class KernelImport(Request):

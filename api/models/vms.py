@@ -9,16 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from .common import Labels, Name, Ref, Request, Response, Timestamp
+from .common import HostPath, Labels, Name, Ref, Request, Response, Timestamp
+from .devices import Share, ShareCreate, Vsock, VsockCreate, Watchdog, WatchdogCreate
 
 MAX_VCPUS = 16
 MIN_MEMORY_MIB = 16
 MAX_MEMORY_MIB = 1024 * 1024
 # Linux's COMMAND_LINE_SIZE on x86 is 2048 with the terminating NUL.
 MAX_CMDLINE_BYTES = 2047
-# VIRTIO 1.2, 5.10.4: 0 to 2 and 0xffffffff have a meaning of their own.
-MIN_CID = 3
-MAX_CID = 0xFFFFFFFE
 # Names that a worker gives to devices which are not the client's to name.
 OWN_DEVICES = ("rng0", "vsock0")
 
@@ -33,11 +31,6 @@ DeviceId = Annotated[
     StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,15}$"),
     Field(description="Client-chosen id of a device, unique in its VM.", examples=["root"]),
 ]
-HostPath = Annotated[
-    str,
-    StringConstraints(pattern=r"^/[^\x00]*$", max_length=4095),
-    Field(description="Absolute path on the host.", examples=["/srv/disks/web-1.raw"]),
-]
 NbdUri = Annotated[
     str,
     StringConstraints(pattern=r"^nbd(\+unix)?://[!-~]{1,1000}$"),
@@ -45,12 +38,6 @@ NbdUri = Annotated[
         description="nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.",
         examples=["nbd://10.0.0.1/disk1", "nbd+unix:///disk1?socket=/run/nbd.sock"],
     ),
-]
-# 36 bytes are what virtio-fs has for it; no '/' since it names files and devices too.
-ShareTag = Annotated[
-    str,
-    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,35}$"),
-    Field(description="What the guest mounts it by.", examples=["src"]),
 ]
 MacAddress = Annotated[
     str,
@@ -187,14 +174,6 @@ class DiskCreate(Request):
         return self
 
 
-class ShareCreate(Request):
-    """A directory of the host that the guest mounts: `mount -t virtiofs TAG /mnt`."""
-
-    tag: ShareTag
-    path: HostPath
-    read_only: bool = False
-
-
 class NicCreate(Request):
     """A virtio-net interface on a tap of the host, or on a switch."""
 
@@ -243,21 +222,6 @@ class NicCreate(Request):
         return self
 
 
-class VsockCreate(Request):
-    """A virtio-vsock device: streams between programs of the host and of the guest."""
-
-    cid: int | None = Field(
-        default=None,
-        ge=MIN_CID,
-        le=MAX_CID,
-        description="The guest's own address, unique on this host; left out, hosteld chooses one.",
-    )
-    backend: Literal["auto", "unix"] = Field(
-        default="auto",
-        description="unix: Unix sockets of the host, one directory for each VM. auto: unix.",
-    )
-
-
 class VmCreate(Request):
     """A new VM."""
 
@@ -285,6 +249,9 @@ class VmCreate(Request):
     )
     on_panic: Literal["keep", "reset", "stop"] = Field(
         default="keep", description="What a guest panic that pvpanic reports does."
+    )
+    watchdog: WatchdogCreate | None = Field(
+        default=None, description="A watchdog timer; `{}` takes every default."
     )
     labels: Labels = Field(default_factory=dict)
     start: bool = Field(default=False, description="Start it at once.")
@@ -372,14 +339,6 @@ class Disk(Response):
     rate_limit: RateLimit | None
 
 
-class Share(Response):
-    """A shared directory as it is."""
-
-    tag: str
-    path: str
-    read_only: bool
-
-
 class Nic(Response):
     """A network interface as it is."""
 
@@ -394,17 +353,6 @@ class Nic(Response):
     rx_limit: RateLimit | None
     tx_limit: RateLimit | None
     socket: str | None
-
-
-class Vsock(Response):
-    """A virtio-vsock device as it is."""
-
-    cid: int
-    backend: Literal["unix"]
-    path: str = Field(
-        description="Of the Unix socket that programs of the host connect to; what the guest "
-        "connects to at port P is the socket at this path with `_P` behind it."
-    )
 
 
 class StateReason(Response):
@@ -439,6 +387,7 @@ class Vm(Response):
     rng: bool
     on_reboot: Literal["reset", "stop"]
     on_panic: Literal["keep", "reset", "stop"]
+    watchdog: Watchdog | None
     labels: dict[str, str]
     pid: int | None = Field(description="Process id of its worker while there is one.")
     boot_time_us: int | None = Field(

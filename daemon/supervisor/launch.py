@@ -122,6 +122,7 @@ async def prepare(
         requested_ns=requested_ns,
         vsock=vsock,
         shares=tuple(shares),
+        watchdog=record.watchdog,
     )
 
 

@@ -18,6 +18,8 @@ from api.models.vms import VmState
 from ..protocol import Status
 from .endings import reason_of
 from .records import DiskRecord, NicRecord, ReasonRecord, VmRecord
+from .store import NewEvent
+from .vm_table import VmEntry
 
 _STATES: Final = {
     "running": VmState.RUNNING,
@@ -77,9 +79,28 @@ def news(record: VmRecord, status: Status) -> dict[str, Any]:
     known = record.reason
     if _differs(told, known) and state is not None:
         changes["reason"] = told
-    if status.boot_time_us != record.boot_time_us:
-        changes["boot_time_us"] = status.boot_time_us
     return changes
+
+
+def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict[str, Any]]:
+    """Return what a worker has noted that is told whatever became of it since.
+
+    Returns:
+        Events, and what changes in the record.
+    """
+    events: list[NewEvent] = []
+    changes: dict[str, Any] = {}
+    record = entry.record
+    if status is None:
+        return events, changes
+    if status.boot_time_us not in (None, record.boot_time_us):
+        changes["boot_time_us"] = status.boot_time_us
+        events.append(entry.event("booted", boot_time_us=status.boot_time_us))
+    if status.watchdog_expired > record.watchdog_expired:
+        changes["watchdog_expired"] = status.watchdog_expired
+        count = status.watchdog_expired - record.watchdog_expired
+        events.append(entry.event("watchdog", action=record.watchdog, count=count))
+    return events, changes
 
 
 def _differs(told: ReasonRecord | None, known: ReasonRecord | None) -> bool:

@@ -25,6 +25,7 @@ from ..errors import WorkerError
 from . import lifecycle, procfs, vsock
 from .dirs import Layout
 from .endings import judge
+from .news import counted
 from .records import ReasonRecord, now
 from .store import Statement, Store, StoreFull
 from .tasks import Tasks
@@ -211,7 +212,9 @@ class Reconciler:
         code = None if why is None else why.code
         kind = "stopped" if state is VmState.STOPPED else "crashed"
         log.warning("worker had ended vm=%s state=%s reason=%s", entry.record.name, state, code)
-        await self._table.record(entry, entry.event(kind, reason=code), state=state, reason=why)
+        events, changes = counted(entry, None if ending is None else ending.last_words)
+        events.append(entry.event(kind, reason=code))
+        await self._table.record(entry, *events, state=state, reason=why, **changes)
         self._report.ended.append(entry.record.name)
 
     def _verdict(

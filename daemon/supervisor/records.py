@@ -29,6 +29,7 @@ OnPanic = Literal["keep", "reset", "stop"]
 MAX_AUTO_PAIRS: Final = 4
 
 Link = Literal["up", "down"]
+WatchdogAction = Literal["reset", "poweroff", "pause", "none"]
 Backend = Literal["auto", "vhost", "tap"]
 
 
@@ -149,6 +150,9 @@ class VmRecord:
     # Disks of its own that it has no more, or not yet, whose files are to be removed.
     doomed: tuple[str, ...] = ()
     shares: tuple[ShareRecord, ...] = ()
+    watchdog: WatchdogAction | None = None
+    # How often it has expired since the start, as far as events have told.
+    watchdog_expired: int = 0
 
     def encode(self) -> str:
         """Return the record as JSON text."""

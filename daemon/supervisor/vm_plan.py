@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from api.errors import Conflict, Invalid
+from api.models.devices import MAX_CID, ShareCreate, VsockCreate
 from api.models.resources import Image
 from api.models.vms import (
-    MAX_CID,
     OWN_DEVICES,
     DiskCreate,
     NicCreate,
     RateLimit,
-    ShareCreate,
     VmCreate,
     VmPatch,
     VmState,
-    VsockCreate,
 )
 
 from ..protocol import DISK_SLOTS, NIC_SLOTS
@@ -99,6 +97,7 @@ class Planner:
             rng=request.rng,
             on_reboot=request.on_reboot,
             on_panic=request.on_panic,
+            watchdog=None if request.watchdog is None else request.watchdog.action,
             labels=request.labels,
             boot_time_us=None,
             created_at=now(),

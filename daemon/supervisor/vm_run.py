@@ -28,7 +28,7 @@ from .config import Config
 from .endings import judge
 from .launch import FdBag, prepare
 from .library import Library
-from .news import compare, kind_of, news, without
+from .news import compare, counted, kind_of, news, without
 from .operations import Job
 from .records import ReasonRecord, VmRecord, now
 from .tasks import Tasks
@@ -111,6 +111,7 @@ class VmRunner:
                     reason=None,
                     started_at=None,
                     boot_time_us=None,
+                    watchdog_expired=0,
                     worker=None,
                 )
                 await self.launch(entry, spec, bag, intend, request)
@@ -414,7 +415,8 @@ class VmRunner:
         if status is None:
             return
         difference = compare(entry.record, status)
-        changes = news(entry.record, status)
+        counts, changed = counted(entry, status)
+        changes = news(entry.record, status) | changed
         if difference.lost:
             changes |= without(entry.record, {device.id for device in difference.lost})
         events = [
@@ -426,12 +428,11 @@ class VmRunner:
         if status.resets != entry.resets and entry.resets is not None:
             events.append(entry.event("reset", actor))
         entry.resets = status.resets
+        events += counts
         if (state := changes.get("state")) is not None:
             events.append(entry.event(_ARRIVALS[state], actor))
         if (why := changes.get("reason")) is not None and why.code == "guest_panic":
             events.append(entry.event("panicked"))
-        if "boot_time_us" in changes:
-            events.append(entry.event("booted", boot_time_us=changes["boot_time_us"]))
         if changes or events:
             await self._table.record(entry, *events, **changes)
 
@@ -481,11 +482,10 @@ class VmRunner:
         entry.worker = None
 
     async def _keep_up_last(self, entry: VmEntry, worker: Worker) -> None:
-        """Take over the boot time of a VM whose end came right behind it."""
-        status = worker.status
-        if status is not None and status.boot_time_us != entry.record.boot_time_us:
-            event = entry.event("booted", boot_time_us=status.boot_time_us)
-            await self._table.record(entry, event, boot_time_us=status.boot_time_us)
+        """Take over what a worker has told right before its end."""
+        events, changes = counted(entry, worker.status)
+        if events:
+            await self._table.record(entry, *events, **changes)
 
     def _check(self, entry: VmEntry, action: VmAction, request: Request) -> None:
         entry.check_present()

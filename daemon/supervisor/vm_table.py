@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.vms import Disk, Nic, RateLimit, Share, StateReason, Vm, Vsock
+from api.models.devices import Share, Vsock, Watchdog
+from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm
 from api.ports import ListQuery
 
 from . import lifecycle
@@ -368,6 +369,7 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
         rng=record.rng,
         on_reboot=record.on_reboot,
         on_panic=record.on_panic,
+        watchdog=None if record.watchdog is None else Watchdog(action=record.watchdog),
         labels=record.labels,
         pid=None if entry.worker is None else entry.worker.pid,
         boot_time_us=record.boot_time_us,

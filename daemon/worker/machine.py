@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, Final
 from devices.acpi.config import AcpiConfig
 from devices.acpi.power import GenericEventDevice, PowerControl
 from devices.acpi.tables import build_tables
+from devices.acpi.watchdog import Watchdog
 from devices.bus import AddressWindow, Bus
 from devices.errors import BackendError
 from devices.event_loop import EventLoop
@@ -65,7 +67,8 @@ class MachineEvent:
         generation: of the Machine it comes from; a reset makes a new one.
         code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
             "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error"; or "ejected", and
-            then collect_ejected() has something to do; or "backend_lost".
+            then collect_ejected() has something to do; or "backend_lost"; or "watchdog", as the
+            spec says what is to be done then.
         at_ns: CLOCK_MONOTONIC.
     """
 
@@ -89,6 +92,7 @@ class Machine:
     Args:
         post: told of every MachineEvent, on any thread.
         facts: of this host, where they are known; None asks /dev/kvm.
+        is_after_watchdog: the watchdog reset the machine before this one.
 
     Raises:
         KvmError, OSError, BootError: it cannot be built; nothing is left behind.
@@ -102,12 +106,15 @@ class Machine:
         fds: MachineFds,
         post: Callable[[MachineEvent], None],
         facts: HostFacts | None = None,
+        *,
+        is_after_watchdog: bool = False,
     ) -> None:
         self.generation = next(_generations)
         self._post = post
         self._backends = fds.backends
+        self._watchdog: Watchdog | None = None
         with contextlib.ExitStack() as stack:
-            self._build(spec, fds, facts, stack)
+            self._build(spec, fds, facts, stack, is_after_watchdog)
             self._stack = stack.pop_all()
 
     def _build(
@@ -116,6 +123,7 @@ class Machine:
         fds: MachineFds,
         facts: HostFacts | None,
         stack: contextlib.ExitStack,
+        is_after_watchdog: bool,
     ) -> None:
         kvm = Kvm(os.dup(fds[spec.kvm_fd]), facts)
         stack.callback(kvm.close)
@@ -137,6 +145,8 @@ class Machine:
         self.event_loop = EventLoop()
         stack.callback(self.event_loop.close)
         self._add_legacy(stack)
+        if spec.watchdog is not None:
+            self._watchdog = self._add_watchdog(stack, is_after_watchdog)
         acpi = self._acpi_config(spec)
         self._add_pci(spec, fds, acpi, stack)
         for gpa, blob in build_tables(acpi).blobs:
@@ -163,6 +173,14 @@ class Machine:
         Pvpanic(self._on_guest_panic).attach(pio)
         BootTimer(self._on_boot_timer).attach(pio)
 
+    def _add_watchdog(self, stack: contextlib.ExitStack, is_after_watchdog: bool) -> Watchdog:
+        watchdog = Watchdog(self._on_watchdog, has_reset=is_after_watchdog)
+        stack.callback(watchdog.close)
+        watchdog.attach(self._pio)
+        self.event_loop.watch(watchdog.timer.fd, select.EPOLLIN, watchdog.expire)
+        stack.callback(self.event_loop.unwatch, watchdog.timer.fd)
+        return watchdog
+
     def _acpi_config(self, spec: MachineSpec) -> AcpiConfig:
         return AcpiConfig(
             n_vcpus=spec.vcpus,
@@ -178,6 +196,7 @@ class Machine:
             com1_gsi=layout.COM1_GSI,
             i8042_gsi=layout.I8042_GSI,
             ged_gsi=layout.GED_GSI,
+            has_watchdog=spec.watchdog is not None,
         )
 
     def _add_pci(
@@ -234,6 +253,7 @@ class Machine:
         """
         try:
             self._vcpus.park()
+            self._hold_watchdog()
             for device in self._virtio:
                 device.quiesce()
         except TimeoutError:
@@ -244,6 +264,8 @@ class Machine:
         """Let devices and vCPUs go on."""
         for device in self._virtio:
             device.resume()
+        if self._watchdog is not None:
+            self._watchdog.release()
         self._vcpus.run_after_pause()
 
     def stop(self) -> None:
@@ -252,6 +274,11 @@ class Machine:
             # close() waits for the threads without a deadline of its own: a vCPU that is stuck in
             # a device now is told again there, and hosteld's deadline ends the process.
             self._vcpus.park()
+        self._hold_watchdog()
+
+    def _hold_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.hold()
 
     def close(self) -> None:
         """Take everything down, in the reverse order of its building."""
@@ -415,6 +442,9 @@ class Machine:
 
     def _on_guest_panic(self, event: PanicEvent) -> None:
         self._report("guest_panic", f"the guest reported a panic: {event.name}")
+
+    def _on_watchdog(self) -> None:
+        self._report("watchdog", "the guest did not reset its watchdog in time")
 
     def _on_backend_lost(self) -> None:
         self._report("backend_lost", "a back end is lost")

@@ -200,6 +200,7 @@ class Worker:
 
     def _on_reset(self, _args: dict[str, Any]) -> dict[str, Any]:
         self._need("running", "paused", "crashed")
+        self._status = replace(self._status, reason=None)
         self._rebuild()
         return self._status.encode()
 
@@ -322,11 +323,7 @@ class Worker:
         if self._log_limit.admit() is not None:
             log.info("machine event code=%s: %s", event.code, event.message)
         if event.code == "boot_timer":
-            if self._status.boot_time_us is None:
-                assert self._spec is not None
-                elapsed_us = (event.at_ns - self._spec.requested_ns) // 1000
-                self._status = replace(self._status, boot_time_us=elapsed_us)
-                self._tell()
+            self._on_boot_timer(event)
         elif event.code in ("ejected", "backend_lost"):
             self._forget_devices(self._machine.collect_ejected())
             self._tell()
@@ -340,8 +337,30 @@ class Worker:
                 self._set_state(self._status.state, event.reason)
             else:
                 self._on_guest_reset(event, policy)
+        elif event.code == "watchdog":
+            self._on_watchdog(event)
         else:
             self._crash(event)
+
+    def _on_boot_timer(self, event: MachineEvent) -> None:
+        if self._status.boot_time_us is None:
+            assert self._spec is not None
+            elapsed_us = (event.at_ns - self._spec.requested_ns) // 1000
+            self._status = replace(self._status, boot_time_us=elapsed_us)
+            self._tell()
+
+    def _on_watchdog(self, event: MachineEvent) -> None:
+        if self._machine is None or self._status.state != "running":
+            return  # paused or crashed a moment before
+        count = self._status.watchdog_expired + 1
+        self._status = replace(self._status, watchdog_expired=count)
+        self._tell()
+        policy = self._policy("watchdog")
+        if policy == "pause":
+            self._machine.pause()
+            self._set_state("paused", event.reason)
+        elif policy != "none":
+            self._on_guest_reset(event, "stop" if policy == "poweroff" else policy)
 
     def _policy(self, name: str) -> str:
         assert self._spec is not None
@@ -371,7 +390,13 @@ class Worker:
     def _build(self, *, start: bool = True) -> None:
         assert self._spec is not None
         assert self._fds is not None
-        self._machine = Machine(self._spec, self._fds, self.post, self._facts)
+        self._machine = Machine(
+            self._spec,
+            self._fds,
+            self.post,
+            self._facts,
+            is_after_watchdog=(self._status.reason or {}).get("code") == "watchdog",
+        )
         self._selector.register(
             self._machine.serial.output.fd, selectors.EVENT_READ, self._on_console_output
         )

@@ -37,6 +37,7 @@ class AcpiConfig:
     has_rtc: bool = True
     has_i8042: bool = True
     has_pvpanic: bool = True
+    has_watchdog: bool = False
     com1_gsi: int = 4
     i8042_gsi: int = 1
     ged_gsi: int = 5

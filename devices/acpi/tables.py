@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, MCFG, DSDT.
+"""ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT, MCFG, DSDT, WDAT.
 
 Hardware-reduced means: no SCI, no PM timer, no fixed power hardware; sleep and reset are plain
 registers (power.py) and events come through the GED.
@@ -20,6 +20,7 @@ from devices.legacy.cmos_rtc import REG_CENTURY
 from .config import AcpiConfig
 from .dsdt import build_dsdt_body
 from .power import RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT
+from .watchdog import wdat_body
 
 OEM_ID: Final = b"HOSTEL"
 OEM_TABLE_ID: Final = b"HOSTELVM"
@@ -79,6 +80,8 @@ def build_tables(config: AcpiConfig) -> AcpiTables:
         place(_madt(config)),
         place(_mcfg(config)),
     ]
+    if config.has_watchdog:
+        listed.append(place(_table(b"WDAT", 1, wdat_body())))
     xsdt_gpa = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     if next_gpa > config.tables_end:
         raise ValueError(f"ACPI tables end at {next_gpa:#x}, beyond {config.tables_end:#x}")

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 
 from api.errors import ApiError, Busy, Conflict, Invalid, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
+from api.models.devices import Vsock
 from api.models.resources import (
     Check,
     Event,
@@ -38,7 +39,6 @@ from api.models.vms import (
     VmPatch,
     VmState,
     VmStats,
-    Vsock,
 )
 from api.ports import Call, ConsoleChunk, DetachQuery, DeviceKind, ListQuery, StoredReply
 

@@ -68,6 +68,12 @@ def test_a_vsock_device_is_asked_for_and_shown(cli: Cli) -> None:
     assert "cid 7  /run/hostel/vsock/1/v.sock" in cli.run("vm", "show", "web-1").stdout
 
 
+def test_a_watchdog_is_asked_for_and_shown(cli: Cli) -> None:
+    cli.run("vm", "create", "web-1", "--kernel", "debian", "--watchdog", "pause")
+    assert cli.json("vm", "show", "web-1")["watchdog"] == {"action": "pause"}
+    cli.run("vm", "create", "web-2", "--kernel", "debian", "--watchdog", "bark", code=2)
+
+
 @pytest.mark.parametrize("vsock", ["unix,port=7", "tcp", "unix,cid=2", "unix,cid=x"])
 def test_a_vsock_device_that_cannot_be_is_a_usage_error(cli: Cli, vsock: str) -> None:
     cli.run("vm", "create", "web-1", "--kernel", "debian", "--vsock", vsock, code=2)

@@ -38,6 +38,11 @@ def out(port: int, value: int) -> bytes:
     return b"\x66\xba" + struct.pack("<H", port) + b"\xb0" + bytes([value]) + b"\xee"
 
 
+def out32(port: int, value: int) -> bytes:
+    """Write four bytes to a port."""
+    return b"\x66\xba" + struct.pack("<H", port) + b"\xb8" + struct.pack("<I", value) + b"\xef"
+
+
 def say(text: str) -> bytes:
     """Write a text to the serial port."""
     return b"".join(out(COM1, byte) for byte in text.encode())

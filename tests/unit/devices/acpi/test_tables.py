@@ -21,6 +21,7 @@ CONFIG = AcpiConfig(
     pci_window_32=AddressWindow(0xC0000000, 0x20000000),
     pci_window_64=AddressWindow(0x140000000, 1 << 36),
 )
+WITH_WATCHDOG = dataclasses.replace(CONFIG, has_watchdog=True)
 BOOT_8042, BOOT_NO_VGA, BOOT_NO_RTC = 1 << 1, 1 << 2, 1 << 5
 
 
@@ -69,6 +70,21 @@ def test_area_that_is_too_small_is_refused() -> None:
 
 def test_xsdt_lists_fadt_madt_and_mcfg() -> None:
     assert set(Parsed(build_tables(CONFIG)).by_name) == {b"FACP", b"APIC", b"MCFG"}
+
+
+def test_wdat_is_there_where_a_watchdog_is_and_names_its_registers() -> None:
+    wdat = Parsed(build_tables(WITH_WATCHDOG)).by_name[b"WDAT"]
+    length, segment, bus, device, _, period_ms, most, least, flags, count = struct.unpack_from(
+        "<IHBBB3xIIIB3xI", wdat, 36
+    )
+    # Linux leaves one alone that claims to be a PCI function: none has 0xff in all of these.
+    assert (length, segment, bus, device) == (32, 0xFF, 0xFF, 0xFF)
+    assert (period_ms, least, most, flags & 1) == (100, 10, 36_000, 1)
+    assert len(wdat) == 36 + 32 + 24 * count
+    for at in range(68, len(wdat), 24):
+        space, bits, shift, access, port = struct.unpack_from("<4BQ", wdat, at + 4)
+        assert (space, bits, shift, access) == (1, 32, 0, 3)
+        assert 0x5E0 <= port <= 0x5EC
 
 
 def test_fadt_is_hardware_reduced_with_reset_and_sleep_registers() -> None:
@@ -148,7 +164,8 @@ def _disassemble(tables: AcpiTables, folder: Path) -> dict[bytes, str]:
 
 
 def test_iasl_reads_the_tables_and_compiles_the_dsdt_again(tmp_path: Path) -> None:
-    texts = _disassemble(build_tables(CONFIG), tmp_path)
+    texts = _disassemble(build_tables(WITH_WATCHDOG), tmp_path)
+    assert "Watchdog Entry Count : 0000000A" in texts[b"WDAT"]
     assert "Hardware Reduced (V5) : 1" in texts[b"FACP"]
     for hardware_id in ("PNP0A08", "PNP0C02", "PNP0501", "PNP0B00", "PNP0303", "ACPI0013"):
         assert hardware_id in texts[b"DSDT"]

@@ -118,10 +118,9 @@ class VirtioSlots:
             WorkerError: there is none.
         """
         occupant = self._occupant(name)
-        self._hotplug.keep(occupant.slot)
         with contextlib.suppress(ValueError):  # ejected in this very moment
             self._pci.pull(occupant.slot)
-        self._hotplug.tell_changed(occupant.slot)
+        self._hotplug.tell_gone(occupant.slot)
         return self._remove(name)
 
     def collect(self) -> dict[str, tuple[int, ...]]:

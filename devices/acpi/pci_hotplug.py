@@ -6,6 +6,10 @@ A device that has come or gone sets its slot's bit in PCIU, one that shall go th
 event device interrupts, and the DSDT's methods read both and notify the slots. When the guest has
 let go of a device it writes the slot's bit to B0EJ.
 
+A device that was pulled out has both bits set. By the specification a guest finds out by itself
+that it is not there any more; Linux looks for new devices only (acpiphp_rescan_slot() in
+drivers/pci/hotplug/acpiphp_glue.c), and drops an old one when it is asked to eject it.
+
 The layout is QEMU's, whose users are every guest that knows ACPI.
 
 Source: QEMU docs/specs/acpi_pci_hotplug.rst; ACPI 6.4, 6.3.3 "_EJx", 5.6.6 "Device Object
@@ -53,6 +57,7 @@ class PciHotplug:
         self._up = 0
         self._down = 0
         self._asked = 0
+        self._gone = 0
         self._guest_log = GuestLog(log)
 
     def attach(self, bus: Bus) -> None:
@@ -69,6 +74,15 @@ class PciHotplug:
         """Ask the guest to let go of a device; may be asked again."""
         with self._lock:
             self._asked |= 1 << slot
+            self._down |= 1 << slot
+        self._events.raise_event(GedEvent.PCI_HOTPLUG)
+
+    def tell_gone(self, slot: int) -> None:
+        """Have the guest drop a device that was taken from it."""
+        with self._lock:
+            self._asked &= ~(1 << slot)
+            self._gone |= 1 << slot
+            self._up |= 1 << slot
             self._down |= 1 << slot
         self._events.raise_event(GedEvent.PCI_HOTPLUG)
 
@@ -99,11 +113,16 @@ class PciHotplug:
             return
         with self._lock:
             granted = value & self._asked
+            dropped = value & self._gone & ~granted
             self._asked &= ~granted
+            self._gone &= ~value
             self._down &= ~granted
         for slot in range(FIRST_SLOT, LAST_SLOT + 1):
             if granted >> slot & 1:
                 self._on_eject(slot)
+            elif dropped >> slot & 1:
+                # Another may have come into the slot meanwhile, which it has not looked for.
+                self.tell_changed(slot)
             elif value >> slot & 1:
                 # Its own idea, such as power written to 0 below /sys/bus/pci/slots: the device
                 # stays, and a rescan finds it again.

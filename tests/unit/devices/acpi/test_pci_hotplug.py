@@ -87,6 +87,20 @@ def test_a_guest_may_be_asked_again(plugged: Plugged, pio: Bus) -> None:
     assert plugged.irq.count == 2
 
 
+def test_a_device_that_was_pulled_out_is_dropped_and_its_slot_looked_at_again(
+    plugged: Plugged, pio: Bus
+) -> None:
+    plugged.hotplug.ask_to_eject(7)
+    plugged.hotplug.tell_gone(7)
+    assert [pio.read(UP, 4), pio.read(DOWN, 4)] == [1 << 7, 1 << 7]
+    pio.write(EJECT, 4, 1 << 7)
+    # What has come into the slot meanwhile is not ejected in its place, but found.
+    assert plugged.ejected == []
+    assert [pio.read(UP, 4), pio.read(DOWN, 4)] == [1 << 7, 0]
+    pio.write(EJECT, 4, 1 << 7)
+    assert (plugged.ejected, pio.read(UP, 4)) == ([], 0)
+
+
 SLOT = st.integers(1, 31)
 GUEST = st.tuples(
     st.sampled_from(["read", "write"]),
@@ -94,7 +108,7 @@ GUEST = st.tuples(
     st.sampled_from([1, 2, 4]),
     st.integers(0, 2**32 - 1),
 )
-HOST = st.tuples(st.sampled_from(["tell_changed", "ask_to_eject", "keep"]), SLOT)
+HOST = st.tuples(st.sampled_from(["tell_changed", "ask_to_eject", "keep", "tell_gone"]), SLOT)
 
 
 @given(st.lists(st.one_of(GUEST, HOST), max_size=60))
@@ -110,7 +124,7 @@ def test_whatever_a_guest_writes_it_ejects_only_what_it_was_asked_for(
         if len(step) == 2:
             getattr(plugged.hotplug, step[0])(step[1])
             asked |= {step[1]} if step[0] == "ask_to_eject" else set()
-            asked -= {step[1]} if step[0] == "keep" else set()
+            asked -= {step[1]} if step[0] in ("keep", "tell_gone") else set()
             continue
         kind, offset, length, value = step
         if kind == "read":

@@ -245,7 +245,7 @@ def measure_in_lab(rounds: int, ms: int) -> Samples:
     """Measure in one run of the lab."""
     inside = [sys.executable, "-m", "bench.blk", "--samples"]
     inside += ["--rounds", str(rounds), "--ms", str(ms)]
-    command = lab_command(inside)
+    command = lab_command(inside, ["-c", "1"])
     run = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, timeout=LAB_RUN_LIMIT_S, check=True
     )

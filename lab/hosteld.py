@@ -197,8 +197,11 @@ def is_running(pid: int) -> bool:
 def is_hosteld(pid: int) -> bool:
     """Tell whether a process is hosteld, its zygote, a worker or a back end of one."""
     process = Path(f"/proc/{pid}")
-    words = (process / "cmdline").read_bytes().split(b"\0")
-    if any(word.endswith(PROGRAMS) for word in words):
-        return True
-    environment = (process / "environ").read_bytes().split(b"\0")
-    return any(entry.startswith(BACK_END_MARK) for entry in environment)
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        environment = (process / "environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended meanwhile
+    return any(word.endswith(PROGRAMS) for word in words) or any(
+        entry.startswith(BACK_END_MARK) for entry in environment
+    )

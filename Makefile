@@ -7,6 +7,7 @@
 # make check  the fast tiers only: style, unit, api
 # make bench  the benchmarks
 # make fuzz   the fuzzers, FUZZ_SECONDS for each of them
+# make soak   kill a guest's whole host SOAK_ROUNDS times, and look for lost writes
 # make lab    boot an emulated host that stays: lab/lab exec runs commands there
 # make fmt    format the code
 # make clean  remove what was built here
@@ -16,13 +17,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 FUZZ_SECONDS ?= 600
+SOAK_ROUNDS ?= 50
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the build and the tests use of Debian: a compiler and headers, the lab, fuzzing, style.
 APT    := gcc libc6-dev linux-libc-dev python3-dev python3-venv curl iproute2 kmod cpio \
           busybox-static squashfs-tools e2fsprogs btrfs-progs qemu-system-x86 \
           qemu-system-common clang libclang-rt-14-dev clang-format shellcheck acpica-tools
 
-.PHONY: demo serve test check bench fuzz lab fmt setup build guest clean \
+.PHONY: demo serve test check bench fuzz soak lab fmt setup build guest clean \
         test-style test-unit test-api test-fuzz test-kvm test-guest
 
 # --- set-up
@@ -103,6 +105,9 @@ bench: build guest
 fuzz: build
 	@for target in $$($(BIN)/python -m tests.fuzz.fuzzing --list); do \
 	   $(BIN)/python -m tests.fuzz.fuzzing $$target --seconds $(FUZZ_SECONDS) || exit 1; done
+
+soak: build guest
+	@$(BIN)/python -m tests.soak.host_kills --rounds $(SOAK_ROUNDS)
 
 lab: build guest
 	@lab/lab up

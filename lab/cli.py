@@ -150,6 +150,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar="HOSTPORT:GUESTPORT", help="lead a loopback port to the lab's loopback",
         )  # fmt: skip
         action.add_argument(
+            "--disk", type=Path, metavar="FILE", help="raw file that is a disk with the serial disk"
+        )
+        action.add_argument(
             "--icount", action="store_true", help="1 CPU, time by instruction count: for benchmarks"
         )
     up.add_argument(
@@ -178,6 +181,7 @@ def _shape(options: argparse.Namespace, *, idle_minutes: float) -> Options:
         out=options.out.resolve() if options.out else None,
         forwards=tuple(options.publish),
         idle_minutes=idle_minutes,
+        disk=options.disk.resolve(strict=True) if options.disk else None,
     )
 
 

@@ -44,6 +44,7 @@ class Options:
     out: Path | None = None
     forwards: tuple[qemu.Forward, ...] = ()
     idle_minutes: float = 0  # 0: no limit
+    disk: Path | None = None  # a raw file: the disk with the serial number "disk"
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ class Session:
         tools.run(
             ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", scratch], what="scratch disk"
         )
+        extra = () if options.disk is None else (qemu.Disk("disk", options.disk, writable=True),)
         return qemu.Machine(
             kernel=boot.image,
             initrd=boot.initrd,
@@ -212,6 +214,7 @@ class Session:
             disks=(
                 *(qemu.Disk(image.name, image.file) for image in disks),
                 qemu.Disk("scratch", scratch, writable=True),
+                *extra,
             ),
             forwards=options.forwards,
             memory_mib=options.memory_mib,

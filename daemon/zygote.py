@@ -14,6 +14,7 @@ import argparse
 import gc
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -103,6 +104,7 @@ class Zygote:
         from .worker.warm_up import warm_up
 
         self._worker = process
+        self._warm_up = warm_up
         os.setsid()
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)  # hosteld's standard input may be a terminal
@@ -136,21 +138,68 @@ class Zygote:
         except OSError as err:
             log.warning("workers will use more memory: no heap image: %s", err)
             return
-        if self._facts is not None:
-            self._learned = _send_scout(self._image)
+        if self._facts is None:
+            return
+        try:
+            self._learned = self._send_scout(self._image)
+        except OSError as err:
+            log.warning("launches will be slower: no scout: %s", err)
+
+    def _send_scout(self, image: HeapImage) -> bytes:
+        """Have a fork live a worker's life; return the pages that this took, b"" if it failed.
+
+        Raises:
+            OSError: no pipe, or no process, to be had.
+        """
+        read_end, write_end = os.pipe()
+        with open(read_end, "rb") as pipe:
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    self._be_scout(image, write_end)
+            finally:
+                os.close(write_end)
+            if not select.select([pipe], [], [], SCOUT_TIMEOUT_S)[0]:
+                log.warning("launches will be slower: the scout hangs, killed")
+                os.kill(pid, signal.SIGKILL)
+            learned = pipe.read()
+        os.waitpid(pid, 0)
+        return learned
+
+    def _be_scout(self, image: HeapImage, write_end: int) -> None:
+        try:
+            self._leave()
+            image.attach()
+            if self._warm_up(rounds=1) is not None:
+                os.write(write_end, image.learn())
+        except Exception:
+            # The border of the process: nothing depends on what it finds out.
+            log.exception("launches will be slower: the scout failed")
+        finally:
+            os._exit(0)
+
+    def _leave(self) -> None:
+        """In a fork: drop what is the zygote's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for end in (self._sock, self._wake_read, self._wake_write):
+            end.close()
 
     def _serve(self, selector: selectors.BaseSelector) -> bool:
         """Wait for one round of events; False when hosteld has gone."""
         events = selector.select(0 if self._wants_spare else None)
-        if not events and (error := self._make_spare(selector)) is not None:
-            log.warning("no worker ahead: fork: %s", error.strerror)
+        if not events:
+            # Not again by itself if this fails: the next request tries.
+            self._wants_spare = False
+            try:
+                self._spare = self._spare or self._fork(selector)
+            except OSError as err:
+                log.warning("no worker ahead: %s", err)
         for key, _ in events:
             if key.fileobj is self._wake_read:
                 self._wake_read.recv(4096)
                 self._reap()
                 continue
-            # Before the request is read: a fork is to inherit none of its descriptors.
-            error = self._make_spare(selector)
             try:
                 message = protocol.receive(self._sock)
             except ConnectionResetError:
@@ -158,56 +207,53 @@ class Zygote:
             if message is None:
                 return False
             try:
-                self._answer(message, error)
+                self._answer(message, selector)
             finally:
                 protocol.close_all(message.fds)
         return True
 
-    def _make_spare(self, selector: selectors.BaseSelector) -> OSError | None:
-        """Have a worker wait for its VM; return why there is none."""
-        # Not again by itself if this fails: the next request tries.
-        self._wants_spare = False
-        if self._spare is not None:
-            return None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            pid = os.fork()
-        except OSError as err:
-            ours.close()
-            theirs.close()
-            return err
-        if pid == 0:
-            ours.close()
-            self._become_worker(theirs, selector)
-        theirs.close()
-        self._spare = _Spare(pid, ours)
-        return None
+    def _fork(self, selector: selectors.BaseSelector, not_its: tuple[int, ...] = ()) -> _Spare:
+        """Make a worker that waits for its VM; it closes the descriptors ``not_its``.
 
-    def _answer(self, message: protocol.Message, error: OSError | None) -> None:
+        Raises:
+            OSError: no socket pair, or no process, to be had.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                pid = os.fork()
+            except OSError:
+                ours.close()
+                raise
+            if pid == 0:
+                ours.close()
+                protocol.close_all(not_its)
+                self._become_worker(theirs, selector)
+        return _Spare(pid, ours)
+
+    def _answer(self, message: protocol.Message, selector: selectors.BaseSelector) -> None:
         request_id = message.body.get("id")
         if message.body.get("op") != "fork" or len(message.fds) != WORKER_FDS:
             self._refuse(request_id, "bad_request", "the zygote knows only fork, with four fds")
             return
-        if self._spare is None:
-            assert error is not None
-            self._refuse(request_id, "fork_failed", f"fork: {error.strerror}")
-            return
+        vm_id = str(message.body.get("args", {}).get("vm", ""))
+        self._reap()  # a spare that has just died is none
         spare, self._spare = self._spare, None
         self._wants_spare = True
-        # Safe against pid reuse: this process is the parent and has not reaped it yet.
-        pidfd = -1
         try:
+            if spare is None or not _hand_over(spare, vm_id, message.fds):
+                spare = self._fork(selector, message.fds)
+                if not _hand_over(spare, vm_id, message.fds):
+                    raise BrokenPipeError("a new worker ended at once")
+            # Safe against pid reuse: this process is the parent and has not reaped it yet.
             pidfd = os.pidfd_open(spare.pid)
-            vm_id = message.body.get("args", {}).get("vm", "")
-            protocol.send(spare.sock, {"vm": vm_id}, message.fds)
-            self._send({"id": request_id, "ok": {"pid": spare.pid}}, (pidfd,))
         except OSError as err:
-            # It ends by itself, without a VM.
-            self._refuse(request_id, "fork_failed", f"no worker: {err.strerror}")
-        finally:
-            spare.sock.close()
-            if pidfd >= 0:
-                os.close(pidfd)
+            if spare is not None:
+                os.kill(spare.pid, signal.SIGKILL)  # nobody could watch it
+            self._refuse(request_id, "fork_failed", f"fork: {err}")
+            return
+        self._send({"id": request_id, "ok": {"pid": spare.pid}}, (pidfd,))
+        os.close(pidfd)
 
     def _refuse(self, request_id: object, code: str, message: str) -> None:
         self._send({"id": request_id, "error": {"code": code, "message": message}})
@@ -224,21 +270,18 @@ class Zygote:
         status = 1
         try:
             image = self._worker.prepare(self._image, self._learned)
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             selector.close()
-            for end in (self._sock, self._wake_read, self._wake_write):
-                end.close()
+            self._leave()
             message = protocol.receive(sock)
             sock.close()
-            status = 0  # the zygote has gone, and this worker was never needed
-            if message is not None:
+            if message is None:
+                status = 0  # the zygote has gone, and this worker was never needed
+            else:
                 vm_id = str(message.body["vm"])
                 status = self._worker.run(vm_id, message.fds, self._facts, image)
         except Exception:
             # The border of the process: the traceback goes to the worker's own log.
             logging.getLogger("daemon.worker").exception("worker failed")
-            status = 1
         finally:
             logging.shutdown()
             os._exit(status)
@@ -260,27 +303,14 @@ class Zygote:
             self._send({"notice": "exited", "data": {"pid": pid, "status": status}})
 
 
-def _send_scout(image: HeapImage) -> bytes:
-    """Have a fork live a worker's life; return the pages that this took, b"" if it failed."""
-    from .worker.warm_up import warm_up
-
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+def _hand_over(spare: _Spare, vm_id: str, fds: tuple[int, ...]) -> bool:
+    """Give a waiting worker its VM; False if it has ended."""
+    with spare.sock:
         try:
-            signal.alarm(SCOUT_TIMEOUT_S)
-            image.attach()
-            warm_up(rounds=1)
-            os.write(write_end, image.learn())
-        except OSError as err:
-            log.warning("launches will be slower: nothing learned: %s", err)
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with open(read_end, "rb") as pipe:
-        learned = pipe.read()
-    os.waitpid(pid, 0)
-    return learned
+            protocol.send(spare.sock, {"vm": vm_id}, fds)
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+    return True
 
 
 def main() -> None:

@@ -88,12 +88,16 @@ def open_logs(layout: Layout, vm_id: str, stack: contextlib.ExitStack) -> tuple[
     state = str(layout.vm_state(vm_id))
     with contextlib.suppress(FileExistsError):
         os.mkdir(state, 0o700)  # noqa: PTH102
+    last_words = f"{layout.vm_runtime(vm_id)}/last_words"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(last_words)  # noqa: PTH108
     append = os.O_RDWR | os.O_APPEND
     fds = []
     for path, flags in (
         (f"{state}/console.log", append),
         (f"{state}/worker.log", append),
-        (f"{layout.vm_runtime(vm_id)}/last_words", os.O_RDWR | os.O_TRUNC),
+        # A new one: a worker that was given up on may still write to the one before.
+        (last_words, os.O_RDWR | os.O_EXCL),
     ):
         fds.append(os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         stack.callback(os.close, fds[-1])

@@ -9,6 +9,7 @@ import logging
 import selectors
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from .. import protocol
@@ -25,12 +26,13 @@ MAX_UNSENT: Final = 256
 
 
 class ControlServer:
-    """Answers requests of a listening SOCK_SEQPACKET socket.
+    """Answers requests that come over a SOCK_SEQPACKET socket.
 
     A later connection replaces the one before: it is a restarted hosteld. A connection that breaks
     the protocol, or that does not read, is closed; the guest runs on and hosteld may come back.
 
     Args:
+        listener: where connections come in; None if adopt() brings the only one.
         handler: called as handler(op, args, fds), returns the reply or raises WorkerError; it owns
             the descriptors that it is given.
 
@@ -38,15 +40,23 @@ class ControlServer:
     """
 
     def __init__(
-        self, listener: socket.socket, selector: selectors.BaseSelector, handler: Handler
+        self, listener: socket.socket | None, selector: selectors.BaseSelector, handler: Handler
     ) -> None:
         self._listener = listener
         self._selector = selector
         self._handler = handler
         self._peer: socket.socket | None = None
         self._unsent: collections.deque[dict[str, Any]] = collections.deque()
-        listener.setblocking(False)
-        selector.register(listener, selectors.EVENT_READ, self._accept)
+        if listener is not None:
+            listener.setblocking(False)
+            selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+
+    def adopt(self, peer: socket.socket) -> None:
+        """Serve a connection, owned from here on, instead of the one before."""
+        self._hang_up()
+        peer.setblocking(False)
+        self._peer = peer
+        self._selector.register(peer, selectors.EVENT_READ, self._serve)
 
     def notify(self, notice: str, data: dict[str, Any]) -> None:
         """Tell hosteld, if it is there; one that is not asks for the status when it comes."""
@@ -56,21 +66,19 @@ class ControlServer:
     def close(self) -> None:
         """Close the connection and the listener."""
         self._hang_up()
-        self._selector.unregister(self._listener)
-        self._listener.close()
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            peer, _ = self._listener.accept()
+            peer, _ = listener.accept()
         except BlockingIOError:
             return
         except OSError as err:
             log.warning("control connection not accepted: %s", err)
             return
-        self._hang_up()
-        peer.setblocking(False)
-        self._peer = peer
-        self._selector.register(peer, selectors.EVENT_READ, self._serve)
+        self.adopt(peer)
 
     def _serve(self) -> None:
         if self._peer is None:

@@ -463,6 +463,8 @@ class Worker:
 
     def _teardown(self) -> None:
         self._unbuild()
+        self._selector.unregister(self._events_ready.fd)
+        self._events_ready.close()
         if self._fds is not None:
             self._fds.close()
 

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 def prepare(image: HeapImage | None, learned: bytes) -> HeapImage | None:
     """Do what a worker does before it knows its VM; return the image, if it can be used.
 
+    Nothing here may fail: there is no log yet that its VM's operator would look into.
+
     Args:
         image: of the zygote's memory, or None.
         learned: which of its pages a launch writes to.
@@ -40,8 +42,6 @@ def prepare(image: HeapImage | None, learned: bytes) -> HeapImage | None:
     except OSError as err:
         log.warning("memory will not be shared again: %s", err)
         image = None
-    drop_privileges()
-    install_kick_signal()
     name_thread("vm-spare")
     return image
 
@@ -64,6 +64,8 @@ def run(vm_id: str, fds: tuple[int, ...], facts: HostFacts | None, image: HeapIm
         stream=WorkerLog(2),
         force=True,
     )
+    drop_privileges()
+    install_kick_signal()
     name_thread(f"vm-{vm_id}")
     with selectors.DefaultSelector() as selector:
         worker = Worker(vm_id, selector, console_fd, last_words_fd, facts, image)

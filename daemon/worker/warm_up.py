@@ -65,21 +65,19 @@ def warm_up(rounds: int = ROUNDS, kvm_device: str = "/dev/kvm") -> HostFacts | N
 def _live(fds: list[int], facts: HostFacts) -> None:
     """Run a worker through its life: all that it will be asked waits in its socket already."""
     *machine_fds, console_fd, last_words_fd = fds
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with selectors.DefaultSelector() as selector, listener:
-        listener.bind("")  # an abstract name of the kernel's choice: unix(7)
-        listener.listen()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
-            peer.connect(listener.getsockname())
-            launch = {"id": 0, "op": "launch", "args": _SPEC.encode()}
-            protocol.send(peer, launch, tuple(machine_fds))
-            for number, op in enumerate(("pause", "resume", "status", "stats", "quit"), 1):
-                protocol.send(peer, {"id": number, "op": op, "args": {}})
-            worker = Worker("warm-up", selector, console_fd, last_words_fd, facts, None)
-            control = ControlServer(listener, selector, worker.handle)
-            worker.serve(control)
-            control.close()
-            _check(peer)
+    # Without a name that anybody could connect to: this runs in the zygote, with its privileges.
+    peer, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with selectors.DefaultSelector() as selector, peer:
+        launch = {"id": 0, "op": "launch", "args": _SPEC.encode()}
+        protocol.send(peer, launch, tuple(machine_fds))
+        for number, op in enumerate(("pause", "resume", "status", "stats", "quit"), 1):
+            protocol.send(peer, {"id": number, "op": op, "args": {}})
+        worker = Worker("warm-up", selector, console_fd, last_words_fd, facts, None)
+        control = ControlServer(None, selector, worker.handle)
+        control.adopt(theirs)
+        worker.serve(control)
+        control.close()
+        _check(peer)
 
 
 def _check(peer: socket.socket) -> None:

@@ -308,12 +308,18 @@ static size_t batch_at(const struct mapping *mapping, uintptr_t page)
 	return left < PAGEMAP_BATCH ? left : PAGEMAP_BATCH;
 }
 
+/* How far giving back has come. */
+struct progress {
+	uintptr_t next; /* all below is done */
+	int64_t kept;
+};
+
 static int give_back_mapping(const struct heap_image *image, const struct mapping *mapping,
-			     int64_t *count)
+			     struct progress *progress)
 {
 	uint64_t entries[PAGEMAP_BATCH];
-	uintptr_t unchanged_since = mapping->start;
-	uintptr_t page = mapping->start;
+	uintptr_t page = mapping->start > progress->next ? mapping->start : progress->next;
+	uintptr_t unchanged_since = page;
 	int err;
 
 	while (page < mapping->end) {
@@ -322,8 +328,11 @@ static int give_back_mapping(const struct heap_image *image, const struct mappin
 		err = read_entries(image, page, entries, n);
 		if (err < 0)
 			return err;
-		if (now_ns() > image->deadline_ns)
-			return -EAGAIN;
+		if (now_ns() > image->deadline_ns) {
+			err = drop(unchanged_since, page);
+			progress->next = page;
+			return err < 0 ? err : -EAGAIN;
+		}
 		for (size_t i = 0; i < n; i++, page += PAGE_BYTES) {
 			uint64_t offset = mapping->offset + (page - mapping->start);
 
@@ -332,7 +341,7 @@ static int give_back_mapping(const struct heap_image *image, const struct mappin
 			err = drop(unchanged_since, page);
 			if (err < 0)
 				return err;
-			++*count;
+			++progress->kept;
 			unchanged_since = page + PAGE_BYTES;
 		}
 	}
@@ -423,16 +432,18 @@ int heap_image_unshare(const struct page_range *ranges, uint32_t n)
 int64_t heap_image_give_back(struct heap_image *image)
 {
 	/* Another thread could write to a page between its comparison and its drop. */
+	struct progress progress = {image->given_back_to, image->kept};
 	int ret = stand_still_begin(image->task_fd);
-	int64_t kept = 0;
 
 	if (ret == 0) {
 		image->deadline_ns = now_ns() + GIVE_BACK_LIMIT_NS;
-		ret = visit_undisturbed(image, image->maps_fd, visit_give_back, &kept);
+		ret = visit_undisturbed(image, image->maps_fd, visit_give_back, &progress);
 		stand_still_end();
 	}
+	image->given_back_to = progress.next;
+	image->kept = progress.kept;
 	if (ret < 0)
 		return ret;
 	detach(image);
-	return kept;
+	return image->kept;
 }

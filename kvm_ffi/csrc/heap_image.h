@@ -31,6 +31,9 @@ struct heap_image {
 	int pagemap_fd;
 	int task_fd;
 	uint64_t deadline_ns;
+	/* Where the next call goes on, and how many pages those before it have kept. */
+	uintptr_t given_back_to;
+	int64_t kept;
 };
 
 /* Move the process's private writable mappings into a memfd, at the same addresses with the same

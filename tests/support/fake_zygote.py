@@ -107,8 +107,10 @@ class FakeWorker:
             self.status = replace(self.status, devices=ids, next_fd=len(fds))
 
     def answer(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
-        states = {"launch": "running", "pause": "paused", "resume": "running", "reset": "running"}
-        if op in states:
+        states = {"pause": "paused", "resume": "running", "reset": "running"}
+        if op == "launch":
+            self.status = replace(self.status, state="running")
+        elif op in states:
             self.tell(state=states[op], resets=self.status.resets + (op == "reset"))
         elif op == "power_button" and "ignore-button" not in self.moods:
             self.end("guest_poweroff", "the guest powered itself off")

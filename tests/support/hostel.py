@@ -119,6 +119,42 @@ class Hostel:
             time.sleep(POLL_S)
 
 
+def spare_of(hostel: Hostel) -> int:
+    """Return the worker that waits for a VM.
+
+    Raises:
+        TimeoutError: there is none.
+    """
+    deadline = time.monotonic() + WORKERS_LIMIT_S
+    while time.monotonic() < deadline:
+        for pid in children_of(zygote_of(hostel)):
+            if is_running(pid) and name_of(pid) == "vm-spare":
+                return pid
+        time.sleep(POLL_S)
+    raise TimeoutError("no spare worker")
+
+
+def zygote_of(hostel: Hostel) -> int:
+    """Return the one child of hosteld."""
+    assert hostel.daemon.process is not None
+    (zygote,) = children_of(hostel.daemon.process.pid)
+    return zygote
+
+
+def children_of(pid: int) -> list[int]:
+    """Return a process's children; zombies too."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def name_of(pid: int) -> str:
+    """Return a process's name as top shows it, "" when it has gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def kill(pid: int) -> None:
     """End a process as the kernel's out-of-memory killer would."""
     os.kill(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,15 @@ import pytest
 
 from lab.rest import ApiFailure, Console, Json
 from tests.support import tiny_kernel as tiny
-from tests.support.hostel import Hostel, has_tap, is_locked, is_running, kill
+from tests.support.hostel import (
+    Hostel,
+    has_tap,
+    is_locked,
+    is_running,
+    kill,
+    spare_of,
+    zygote_of,
+)
 
 QUIET = tiny.boot_timer() + tiny.HALT
 ECHO = tiny.boot_timer() + tiny.say("hello\n") + tiny.echo()
@@ -101,46 +110,34 @@ def test_a_dead_zygote_is_replaced(own_hostel: Hostel) -> None:
     own_hostel.delete(name)
 
 
-def spare_of(zygote: int) -> int:
-    """Return the worker that waits for a VM."""
-    deadline = time.monotonic() + 10
-    while True:
-        for pid in Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split():
-            if Path(f"/proc/{pid}/comm").read_text() == "vm-spare\n":
-                return int(pid)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def zygote_of(hostel: Hostel) -> int:
-    assert hostel.daemon.process is not None
-    children = Path(f"/proc/{hostel.daemon.process.pid}/task").glob("*/children")
-    (zygote,) = [int(pid) for path in children for pid in path.read_text().split()]
-    return zygote
-
-
 def test_a_spare_worker_gets_the_next_vm(own_hostel: Hostel) -> None:
-    zygote = zygote_of(own_hostel)
-    spare = spare_of(zygote)
+    spare = spare_of(own_hostel)
     name = own_hostel.run(QUIET)
     assert own_hostel.api.vm(name)["pid"] == spare
-    assert spare_of(zygote) != spare
+    assert spare_of(own_hostel) != spare
     own_hostel.delete(name)
 
 
 def test_a_start_does_without_a_spare_that_was_killed(own_hostel: Hostel) -> None:
-    zygote = zygote_of(own_hostel)
-    spare = spare_of(zygote)
-    kill(spare)
-    while is_running(spare):
-        time.sleep(0.01)
-    name = own_hostel.run(QUIET)
-    assert own_hostel.api.vm(name)["state"] == "running"
-    own_hostel.delete(name)
+    for _ in range(5):
+        kill(spare_of(own_hostel))
+        name = own_hostel.run(QUIET)
+        assert own_hostel.api.vm(name)["state"] == "running"
+        own_hostel.delete(name)
+
+
+def test_a_worker_holds_no_descriptors_but_its_own_vm_s(own_hostel: Hostel) -> None:
+    spare = spare_of(own_hostel)
+    held = sorted(path.readlink().name for path in Path(f"/proc/{spare}/fd").iterdir())
+    unnamed = [re.sub(r":\[\d+\]", "", name) for name in held]
+    # Standard streams; the image and what gives it back; the socket that brings a VM.
+    mine = ["maps", "memfd:hostel-heap (deleted)", "null", "pagemap", "socket", "task"]
+    log = own_hostel.daemon.log.name
+    assert [name for name in unnamed if name != log] == mine
 
 
 def test_a_spare_ends_with_its_hosteld(own_hostel: Hostel) -> None:
-    spare = spare_of(zygote_of(own_hostel))
+    spare = spare_of(own_hostel)
     own_hostel.daemon.kill()
     deadline = time.monotonic() + 10
     while is_running(spare):

@@ -180,6 +180,21 @@ fork(starve)
     )
 
 
+def test_a_pass_goes_on_where_the_last_one_ran_out_of_time() -> None:
+    assert not run("""
+        pages = 60_000  # several times what 10 ms are enough for
+        memory = bytearray(4096 * pages)
+        image = HeapImage()
+
+        def change_all():
+            memory[::4096] = b"x" * pages
+            assert give_back() >= pages
+            assert memory.count(b"x") == pages
+
+        fork(change_all)
+    """)
+
+
 def test_a_thread_that_waits_for_input_goes_on_waiting() -> None:
     assert not run("""
         image = HeapImage()

@@ -93,7 +93,8 @@ class BlkEngine(Engine):
         read_only: whether VIRTIO_BLK_F_RO was offered; writes are IOERR then.
         serial: answer to GET_ID, up to 20 bytes, padded with zeros.
         queues: up to MAX_QUEUES; `counters` has them in this order.
-        fault: signalled once when a ring breaks; run() returns False then.
+        fault: signalled once when a ring breaks; run() returns False then. Also for the first
+            request that the host's file fails, and see await_host_error().
         is_writethrough: the driver did not negotiate FLUSH, so every write is made durable
             before it is answered (VIRTIO 1.2, 5.2.6.2).
         io_engine: IO_URING makes run() raise OSError where it is not permitted.
@@ -164,6 +165,31 @@ class BlkEngine(Engine):
         """
         _check_size(size_sectors)
         check(lib.blk_engine_set_size(self._c, size_sectors))
+
+    def set_file(self, disk_fd: int, size_sectors: int) -> None:
+        """Make the file durable and use another one, of another size; the engine must be quiesced.
+
+        Args:
+            disk_fd: as in the constructor.
+            size_sectors: likewise.
+
+        Raises:
+            ValueError: size_sectors is not 0..MAX_SECTORS.
+            OSError: EBUSY, the engine is not held still; why the file cannot be used; or why the
+                old one lost writes. That one stays. It is told once: asked again, a file that has
+                lost writes is left as it is.
+        """
+        _check_size(size_sectors)
+        check(lib.blk_engine_set_file(self._c, disk_fd, size_sectors))
+
+    @property
+    def host_errno(self) -> int:
+        """Why the host's file failed the last request that it did; 0 when it never did."""
+        return lib.blk_engine_host_errno(self._c)
+
+    def await_host_error(self) -> None:
+        """Signal the fault EventFd once more for the next request that the host's file fails."""
+        lib.blk_engine_await_error(self._c)
 
     @property
     def syncs(self) -> int:

@@ -48,7 +48,7 @@ from .ids import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvm_ffi.engine import DataPath
 
@@ -70,6 +70,10 @@ BLOCK_BYTES: Final = 512
 # max_discard_sectors, max_discard_seg, discard_sector_alignment,
 # max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap.
 _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
+
+
+def _nobody_listens() -> None:
+    pass
 
 
 def backend_size_bytes(fd: int, path: str) -> int:
@@ -107,6 +111,10 @@ class VirtioBlk(EngineDevice):
         io_engine: what carries its operations out.
         limit: of bytes and operations per second.
 
+    Attributes:
+        on_host_error: called when host_errors() has grown; on any thread, must not block. Not for
+            each error: see await_host_error().
+
     Raises:
         BackendError: the descriptor is no file or block device, its size is not one that O_DIRECT
             can write, or io_uring is asked for and not permitted.
@@ -142,14 +150,9 @@ class VirtioBlk(EngineDevice):
         self._is_read_only = is_read_only
         self._io_engine = io_engine
         self._limiter = RateLimiter(limit)
-        self._size_sectors = backend_size_bytes(disk_fd, path) // SECTOR_BYTES
-        self._align_bytes = direct_align_bytes(disk_fd)
-        if self._size_sectors * SECTOR_BYTES % self._align_bytes:
-            raise BackendError(
-                path,
-                f"{self._size_sectors * SECTOR_BYTES} bytes: with O_DIRECT its size must be a"
-                f" multiple of {self._align_bytes}; grow it, or use the page cache",
-            )
+        self._size_sectors, self._align_bytes = _look(disk_fd, path)
+        self.on_host_error: Callable[[], None] = _nobody_listens
+        self._host_errno = 0
         if io_engine is IoEngine.IO_URING:
             _require_io_uring(path)
 
@@ -214,9 +217,34 @@ class VirtioBlk(EngineDevice):
         ]
 
     def engine_stats(self, engine: DataPath) -> dict[str, int]:
-        """Return the block engine's counters."""
+        """Return the block engine's counters; what its file failed last is noted too."""
         assert isinstance(engine, BlkEngine)
+        self._host_errno = engine.host_errno or self._host_errno
         return engine.stats()
+
+    def fault_reason(self) -> str | None:
+        """Return what breaks the device; what only its file fails is told to `on_host_error`."""
+        if self.host_errors()[0] > 0:
+            self.on_host_error()
+        return super().fault_reason()
+
+    def reset(self) -> None:
+        """Stop the engine; the signal of an error that it met last may be lost with it."""
+        super().reset()
+        if self._totals["host_errors"] > 0:
+            self.on_host_error()
+
+    def host_errors(self) -> tuple[int, int]:
+        """Return how many requests the disk's file has failed so far, and the last one's errno."""
+        with self._lock:
+            return self.stats().get("host_errors", 0), self._host_errno
+
+    def await_host_error(self) -> None:
+        """Have `on_host_error` called again: it is once, for the first error since this."""
+        with self._lock:
+            for engine in self._engines:
+                assert isinstance(engine, BlkEngine)
+                engine.await_host_error()
 
     def details(self) -> dict[str, Any]:
         """Return `io_engine`, what runs ("auto" while nothing does), and counters of each queue.
@@ -266,10 +294,59 @@ class VirtioBlk(EngineDevice):
         self.config_changed()  # takes the transport's lock, so not under ours
         return size_sectors
 
+    def swap(self, disk_fd: int) -> int:
+        """Use another file from now on; tell the driver when the size changed; return the sectors.
+
+        Requests under way end on the old file, and what was written there is durable then. What
+        the driver was told of the physical block stays: a reset of the machine tells it anew.
+
+        Args:
+            disk_fd: opened as the old one was; owned from now on, unless this fails.
+
+        Raises:
+            BackendError: the file cannot be one of this disk.
+            OSError: the old file has lost writes, and stays; it is left when asked again.
+            TimeoutError: a request takes too long; the old file stays.
+        """
+        size_sectors, _ = _look(disk_fd, self._path)
+        with self._lock:
+            try:
+                for engine in self._engines:
+                    engine.quiesce()
+                for engine in self._engines:
+                    assert isinstance(engine, BlkEngine)
+                    engine.set_file(disk_fd, size_sectors)
+            finally:
+                self._let_go()
+            os.close(self._disk_fd)
+            self._disk_fd = disk_fd
+            is_new_size = size_sectors != self._size_sectors
+            self._size_sectors = size_sectors
+        if is_new_size:
+            self.config_changed()  # takes the transport's lock, so not under ours
+        return size_sectors
+
     def close(self) -> None:
         """Stop for good and close the disk."""
         super().close()
         os.close(self._disk_fd)
+
+
+def _look(disk_fd: int, path: str) -> tuple[int, int]:
+    """Return the size in sectors, and what O_DIRECT wants it to be a multiple of in bytes.
+
+    Raises:
+        BackendError: as VirtioBlk.
+    """
+    size_sectors = backend_size_bytes(disk_fd, path) // SECTOR_BYTES
+    align_bytes = direct_align_bytes(disk_fd)
+    if size_sectors * SECTOR_BYTES % align_bytes:
+        raise BackendError(
+            path,
+            f"{size_sectors * SECTOR_BYTES} bytes: with O_DIRECT its size must be a multiple of"
+            f" {align_bytes}; grow it, or use the page cache",
+        )
+    return size_sectors, align_bytes
 
 
 def _require_io_uring(path: str) -> None:

@@ -1,13 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Copyright the Hostel authors */
-#include "blk_engine.h"
+#include "blk_engine_priv.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-
-#include "io_ring.h"
 
 /* A turn ends here, so that what is served from the page cache does not wait for a whole ring
  * of its like. */
@@ -17,47 +15,6 @@
 #define BATCH_MAX_NS 50000u
 /* ... and not at all for one of this size. */
 #define SLOW_BYTES 65536u
-
-struct blk_queue {
-	struct virtqueue *vq;
-	int irq_fd;
-	bool is_empty; /* as the last look showed: ask for a kick before waiting */
-	bool is_staged; /* there are used elements to publish */
-	struct blk_queue_stats stats;
-};
-
-struct blk_engine {
-	struct engine_gate gate;
-	struct blk_disk disk;
-	struct blk_listen listen;
-	struct blk_io *io;
-	struct rate_limiter *limiter;
-	int fault_fd;
-	enum blk_io_engine wanted_io;
-	uint32_t running_io; /* atomic: enum blk_io_engine */
-	uint32_t fault; /* atomic: enum engine_fault */
-	bool is_broken; /* a driver broke its ring: answer what is in flight, begin nothing */
-	bool must_be_alone; /* of one that runs, or waits until nothing is in flight */
-	bool has_lost_writes; /* a sync failed: nothing is durable any more */
-	bool has_own_io; /* a test's back end, not ours to close */
-	uint32_t next_queue; /* the first to get its turn */
-	uint32_t in_flight;
-	uint32_t n_slots_used;
-	uint64_t now_ns;
-	uint64_t staged_since_ns;
-	uint64_t throttle_ns; /* until a request that waits for a limit fits; 0: none does */
-	uint64_t syncs;
-	struct blk_request *free_slots;
-	struct blk_request *wants_sync;
-	struct blk_request *in_sync; /* those that the sync under way is for */
-	struct blk_request sync;
-	struct blk_queue queues[BLK_MAX_QUEUES];
-	struct iovec iov[VIRTQUEUE_MAX_SIZE];
-	/* Taken from the front and used again last in, first out: what a quiet disk never needed
-	 * was never touched, and costs no memory. */
-	struct blk_request slots[BLK_MAX_IN_FLIGHT];
-	struct blk_large_iov large[BLK_LARGE_IOVS];
-};
 
 int blk_engine_create(const struct blk_config *config, struct blk_engine **ret)
 {
@@ -84,6 +41,7 @@ int blk_engine_create(const struct blk_config *config, struct blk_engine **ret)
 	memcpy(engine->disk.serial, config->serial, sizeof(config->serial));
 	engine->limiter = config->limiter;
 	engine->fault_fd = config->fault_fd;
+	engine->is_error_awaited = 1;
 	engine->wanted_io = config->io_engine;
 	engine->io = config->io;
 	engine->has_own_io = config->io != NULL;
@@ -137,16 +95,6 @@ static int open_io(struct blk_engine *engine, const struct blk_listen *listen)
 	return err;
 }
 
-int blk_io_uring_probe(void)
-{
-	struct io_ring ring;
-	int err = io_ring_init(&ring, 1, 2);
-
-	if (err == 0)
-		io_ring_deinit(&ring);
-	return err;
-}
-
 uint64_t blk_engine_update_now(struct blk_engine *engine)
 {
 	struct timespec now;
@@ -181,6 +129,15 @@ static void publish_all(struct blk_engine *engine)
 		publish(&engine->queues[i]);
 }
 
+/* After it was counted: whoever is told sees the count. */
+static void note_host_error(struct blk_engine *engine, int host_errno)
+{
+	__atomic_store_n(&engine->host_errno, (uint32_t)host_errno, __ATOMIC_RELAXED);
+	/* Told once, until somebody asks again: a guest can bring on any number of them. */
+	if (__atomic_exchange_n(&engine->is_error_awaited, 0u, __ATOMIC_ACQ_REL))
+		engine_signal_fd(engine->fault_fd);
+}
+
 /* Answer a request and give its slot back; the driver sees it at publish(). */
 static void complete(struct blk_engine *engine, struct blk_request *req)
 {
@@ -189,6 +146,8 @@ static void complete(struct blk_engine *engine, struct blk_request *req)
 	virtqueue_add_used(queue->vq, req->head, blk_request_answer(req));
 	queue->is_staged = true;
 	blk_stats_count(&queue->stats, req, engine->now_ns - req->started_ns);
+	if (req->host_errno)
+		note_host_error(engine, req->host_errno);
 	__atomic_store_n(&queue->stats.in_flight, queue->stats.in_flight - 1, __ATOMIC_RELAXED);
 	blk_request_release(&engine->disk, req);
 	req->next = engine->free_slots;
@@ -230,11 +189,13 @@ static void end_sync(struct blk_engine *engine, int64_t res)
 	 * that succeeds says nothing about the data that this one lost. */
 	if (res < 0)
 		engine->has_lost_writes = true;
+	else if (engine->has_lost_writes)
+		res = -EIO;
 	while (engine->in_sync) {
 		struct blk_request *req = engine->in_sync;
 
 		engine->in_sync = req->next;
-		blk_request_synced(req, !engine->has_lost_writes);
+		blk_request_synced(req, res);
 		complete(engine, req);
 	}
 }
@@ -413,6 +374,9 @@ int blk_engine_serve(struct blk_engine *engine)
 
 	if (ret < 0)
 		return ret;
+	if (engine->has_new_file)
+		engine->io->set_file(engine->io);
+	engine->has_new_file = false;
 	blk_engine_update_now(engine);
 	for (;;) {
 		bool is_wanted = engine_gate_is_wanted(&engine->gate);
@@ -458,38 +422,4 @@ int blk_engine_run(struct blk_engine *engine)
 	close_io(engine);
 	engine_gate_leave(&engine->gate);
 	return ret < 0 ? ret : 0;
-}
-
-struct engine_gate *blk_engine_gate(struct blk_engine *engine)
-{
-	return &engine->gate;
-}
-
-int blk_engine_set_size(struct blk_engine *engine, uint64_t size_sectors)
-{
-	if (size_sectors > BLK_MAX_SECTORS)
-		return -EINVAL;
-	__atomic_store_n(&engine->disk.size_sectors, size_sectors, __ATOMIC_RELAXED);
-	return 0;
-}
-
-int blk_engine_fault(const struct blk_engine *engine)
-{
-	return (int)__atomic_load_n(&engine->fault, __ATOMIC_ACQUIRE);
-}
-
-int blk_engine_io(const struct blk_engine *engine)
-{
-	return (int)__atomic_load_n(&engine->running_io, __ATOMIC_RELAXED);
-}
-
-uint64_t blk_engine_syncs(const struct blk_engine *engine)
-{
-	return __atomic_load_n(&engine->syncs, __ATOMIC_RELAXED);
-}
-
-void blk_engine_queue_stats(const struct blk_engine *engine, uint32_t queue,
-			    struct blk_queue_stats *ret)
-{
-	engine_copy_counters(ret, &engine->queues[queue].stats, sizeof(*ret));
 }

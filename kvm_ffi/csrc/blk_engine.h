@@ -54,7 +54,8 @@ int blk_engine_create(const struct blk_config *config, struct blk_engine **ret);
 /* -EBUSY while a thread is in blk_engine_run(). */
 int blk_engine_destroy(struct blk_engine *engine);
 
-/* Serve until stopped: 0 stopped, -EPROTO the ring broke (fault_fd was signalled),
+/* Serve until stopped: 0 stopped, -EPROTO the ring broke (fault_fd was signalled, as it is for
+ * what the host's file fails: see blk_engine_await_error()),
  * another -errno when the host failed. */
 int blk_engine_run(struct blk_engine *engine);
 /* Serve what is in the rings now, to the end; 1 when interrupted by the gate, 0 when empty,
@@ -63,7 +64,16 @@ int blk_engine_serve(struct blk_engine *engine);
 
 struct engine_gate *blk_engine_gate(struct blk_engine *engine);
 int blk_engine_set_size(struct blk_engine *engine, uint64_t size_sectors);
+/* Make the file durable and use another one from now on, which stays the caller's as the first one
+ * did. 0, or -EBUSY unless it is quiet (engine_gate_quiesce()), or -errno of a new file that is of
+ * no use or an old one that lost writes; then it stays, and asked again it may be left. */
+int blk_engine_set_file(struct blk_engine *engine, int disk_fd, uint64_t size_sectors);
 int blk_engine_fault(const struct blk_engine *engine);
+/* Why the host's file failed the last request that it did; 0: none yet. */
+int blk_engine_host_errno(const struct blk_engine *engine);
+/* Have fault_fd signalled for the next such request: once, and then it is to be asked again.
+ * A new engine does that for the first one. */
+void blk_engine_await_error(struct blk_engine *engine);
 /* Which enum blk_io_engine runs; BLK_IO_AUTO before any has. */
 int blk_engine_io(const struct blk_engine *engine);
 /* fdatasync(2) calls of the disk. */

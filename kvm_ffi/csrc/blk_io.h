@@ -58,6 +58,8 @@ struct blk_io {
 	/* Begin what was submitted; give the engine what is done and who kicked; when that is
 	 * nothing, wait for it, up to timeout_ns. 0, or -errno: the back end is of no use. */
 	int (*turn)(struct blk_io *io, uint64_t timeout_ns);
+	/* Another file is in the place of the one that it was opened for. Nothing is under way. */
+	void (*set_file)(struct blk_io *io);
 	/* Nothing is under way. */
 	void (*close)(struct blk_io *io);
 };

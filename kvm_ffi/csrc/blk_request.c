@@ -56,9 +56,9 @@ static enum blk_next done(struct blk_request *req, uint8_t status)
 	return BLK_NEXT_DONE;
 }
 
-static enum blk_next host_error(struct blk_request *req)
+static enum blk_next host_error(struct blk_request *req, int64_t res)
 {
-	req->is_host_error = true;
+	req->host_errno = (int32_t)-res;
 	return done(req, VIRTIO_BLK_S_IOERR);
 }
 
@@ -241,7 +241,7 @@ static enum blk_next advance_range(const struct blk_disk *disk, struct blk_reque
 		return next_segment(disk, req);
 	/* Not supported at all, or (a block device) not for a range of this alignment. */
 	if (res != -EOPNOTSUPP && res != -EINVAL)
-		return host_error(req);
+		return host_error(req, res);
 	/* A discard is a hint: a host that cannot has nothing to report. */
 	if (req->type == VIRTIO_BLK_T_DISCARD)
 		return next_segment(disk, req);
@@ -255,7 +255,7 @@ enum blk_next blk_request_advance(struct blk_disk *disk, struct blk_request *req
 		return advance_range(disk, req, res);
 	/* An early end of the file counts as an error: the disk is smaller than it says. */
 	if (res <= 0 || (uint64_t)res > req->op.len)
-		return host_error(req);
+		return host_error(req, res < 0 ? res : -EIO);
 	req->op.offset += (uint64_t)res;
 	req->op.len -= (uint64_t)res;
 	if (req->type == VIRTIO_BLK_T_WRITE_ZEROES) {
@@ -269,12 +269,12 @@ enum blk_next blk_request_advance(struct blk_disk *disk, struct blk_request *req
 	return req->type == VIRTIO_BLK_T_OUT ? written(disk, req) : done(req, VIRTIO_BLK_S_OK);
 }
 
-void blk_request_synced(struct blk_request *req, bool is_durable)
+void blk_request_synced(struct blk_request *req, int64_t res)
 {
-	if (is_durable)
-		done(req, VIRTIO_BLK_S_OK);
+	if (res < 0)
+		host_error(req, res);
 	else
-		host_error(req);
+		done(req, VIRTIO_BLK_S_OK);
 }
 
 uint32_t blk_request_answer(const struct blk_request *req)

@@ -73,10 +73,10 @@ struct blk_request {
 	uint32_t n_segments;
 	uint32_t segment;
 	uint32_t cost_bytes; /* what a limit of bytes counts */
+	int32_t host_errno; /* why the host's file failed it, or 0 */
 	uint16_t head;
 	uint8_t status;
 	bool is_accepted; /* reached the host, or needed nothing of it */
-	bool is_host_error;
 	bool must_be_alone; /* no other request may be under way */
 	union {
 		struct iovec iov[BLK_SMALL_IOV];
@@ -104,8 +104,8 @@ enum blk_next blk_request_begin(struct blk_disk *disk, struct blk_request *req,
 				const struct blk_buffers *buffers);
 /* res: bytes moved, 0 for what moves none, or -errno. */
 enum blk_next blk_request_advance(struct blk_disk *disk, struct blk_request *req, int64_t res);
-/* Note that what was done is durable, or that the host could not make it so. */
-void blk_request_synced(struct blk_request *req, bool is_durable);
+/* Note that what was done is durable, or with a negative res why it could not be made so. */
+void blk_request_synced(struct blk_request *req, int64_t res);
 /* Write the status byte; the used length (VIRTIO 1.2, 2.7.8.2). */
 uint32_t blk_request_answer(const struct blk_request *req);
 void blk_request_release(struct blk_disk *disk, struct blk_request *req);

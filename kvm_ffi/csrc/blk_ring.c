@@ -177,6 +177,27 @@ static void ring_close(struct blk_io *io)
 	free(ring);
 }
 
+static void ring_set_file(struct blk_io *io)
+{
+	struct blk_ring *ring = ring_of(io);
+
+	if (ring->sqe_flags && io_ring_update_file(&ring->ring, ring->file->fd) == 0)
+		return;
+	/* It costs a little more for each operation, and cannot fail. */
+	ring->file_ref = ring->file->fd;
+	ring->sqe_flags = 0;
+}
+
+int blk_io_uring_probe(void)
+{
+	struct io_ring ring;
+	int err = io_ring_init(&ring, 1, 2);
+
+	if (err == 0)
+		io_ring_deinit(&ring);
+	return err;
+}
+
 int blk_ring_open(struct blk_engine *engine, const struct blk_file *file,
 		  const struct blk_listen *listen, struct blk_io **ret)
 {
@@ -190,7 +211,7 @@ int blk_ring_open(struct blk_engine *engine, const struct blk_file *file,
 		free(ring);
 		return err;
 	}
-	ring->io = (struct blk_io){false, ring_submit, ring_turn, ring_close};
+	ring->io = (struct blk_io){false, ring_submit, ring_turn, ring_set_file, ring_close};
 	ring->engine = engine;
 	ring->file = file;
 	ring->listen = listen;

@@ -21,7 +21,7 @@ static void count_request(struct blk_queue_stats *stats, const struct blk_reques
 		engine_count(&stats->errors, 1);
 	else if (req->status == VIRTIO_BLK_S_UNSUPP)
 		engine_count(&stats->unsupported, 1);
-	if (req->is_host_error)
+	if (req->host_errno)
 		engine_count(&stats->host_errors, 1);
 	if (!req->is_accepted)
 		return;

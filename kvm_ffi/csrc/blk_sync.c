@@ -58,6 +58,11 @@ static int sync_turn(struct blk_io *io, uint64_t timeout_ns)
 	return 0;
 }
 
+static void sync_set_file(struct blk_io *io)
+{
+	(void)io; /* it looks at the file anew for each operation */
+}
+
 static void sync_close(struct blk_io *io)
 {
 	free(io);
@@ -70,7 +75,7 @@ int blk_sync_open(struct blk_engine *engine, const struct blk_file *file,
 
 	if (!sync)
 		return -ENOMEM;
-	sync->io = (struct blk_io){true, sync_submit, sync_turn, sync_close};
+	sync->io = (struct blk_io){true, sync_submit, sync_turn, sync_set_file, sync_close};
 	sync->engine = engine;
 	sync->file = file;
 	sync->listen = listen;

@@ -150,6 +150,16 @@ bool engine_gate_is_running(struct engine_gate *gate)
 	return is_running;
 }
 
+bool engine_gate_is_quiet(struct engine_gate *gate)
+{
+	bool is_quiet;
+
+	pthread_mutex_lock(&gate->lock);
+	is_quiet = !gate->is_running || gate->is_parked;
+	pthread_mutex_unlock(&gate->lock);
+	return is_quiet;
+}
+
 void engine_signal_fd(int fd)
 {
 	uint64_t one = 1;

@@ -55,6 +55,8 @@ int engine_gate_quiesce(struct engine_gate *gate, uint64_t timeout_ns);
 void engine_gate_resume(struct engine_gate *gate);
 void engine_gate_stop(struct engine_gate *gate);
 bool engine_gate_is_running(struct engine_gate *gate);
+/* Whether it is parked, does not run, or has finished. */
+bool engine_gate_is_quiet(struct engine_gate *gate);
 
 /* eventfds are non-blocking. A full counter is as good as a signal; -1 is "no wire". */
 void engine_signal_fd(int fd);

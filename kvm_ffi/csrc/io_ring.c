@@ -118,6 +118,15 @@ int io_ring_register_file(struct io_ring *ring, int file_fd)
 	return 0;
 }
 
+int io_ring_update_file(struct io_ring *ring, int file_fd)
+{
+	struct io_uring_files_update update = {.fds = (uint64_t)(uintptr_t)&file_fd};
+
+	if (syscall(__NR_io_uring_register, ring->fd, IORING_REGISTER_FILES_UPDATE, &update, 1) < 0)
+		return -errno;
+	return 0;
+}
+
 static int enter(struct io_ring *ring, uint32_t wait_for, uint32_t flags, const void *arg,
 		 size_t arg_bytes)
 {

@@ -37,6 +37,8 @@ int io_ring_init(struct io_ring *ring, uint32_t sq_entries, uint32_t cq_entries)
 void io_ring_deinit(struct io_ring *ring);
 /* 0: file_fd is file 0 of IOSQE_FIXED_FILE; or -errno. */
 int io_ring_register_file(struct io_ring *ring, int file_fd);
+/* 0: file_fd has taken its place; the kernel may hold the old one for a moment. Or -errno. */
+int io_ring_update_file(struct io_ring *ring, int file_fd);
 
 /* A cleared entry; NULL when the ring is full and the kernel takes nothing now. */
 struct io_uring_sqe *io_ring_get_sqe(struct io_ring *ring);

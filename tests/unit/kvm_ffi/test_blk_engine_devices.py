@@ -94,6 +94,24 @@ def test_a_write_back_that_failed_is_never_forgotten(
     assert disk.read(0, SECTOR) == OK
 
 
+def test_a_file_that_lost_writes_is_left_when_that_has_been_told(
+    make_disk: MakeDisk, full_file: Path, loop: Callable[..., str], tmp_path: Path
+) -> None:
+    disk = make_disk(fd=os.open(loop(full_file), os.O_RDWR), size_sectors=DISK_SECTORS)
+    for n in range(64):
+        assert disk.write(2 * n * BLOCK, b"x" * BLOCK * SECTOR) == OK
+    other = os.open(tmp_path / "other.raw", os.O_RDWR | os.O_CREAT)
+    os.truncate(other, DISK_SECTORS * SECTOR)
+    with pytest.raises(OSError, match=r"."):
+        disk.engine.set_file(other, DISK_SECTORS)
+    # The operator's question must not have taken the answer from the driver.
+    assert disk.submit(FLUSH, 0, []) == IOERR
+    disk.engine.set_file(other, DISK_SECTORS)
+    assert disk.submit(FLUSH, 0, []) == OK
+    assert disk.read(0, SECTOR) == OK
+    os.close(other)
+
+
 @pytest.fixture
 def coarse(make_disk: MakeDisk, tmp_path: Path, loop: Callable[..., str]) -> Disk:
     """A disk on a device with blocks of 4 KiB, past the page cache."""

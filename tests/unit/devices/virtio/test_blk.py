@@ -292,6 +292,82 @@ def test_unchanged_size_tells_nobody(make_disk: Callable[..., Machine]) -> None:
     assert machine.interrupts(0) == 0
 
 
+def test_another_file_takes_over_and_its_size_is_told(
+    make_disk: Callable[..., Machine], image: Path, tmp_path: Path
+) -> None:
+    machine = make_disk()
+    disk = machine.device
+    assert isinstance(disk, VirtioBlk)
+    machine.start()
+    other = tmp_path / "other.raw"
+    other.write_bytes(b"o" * SECTORS * 1024)
+    assert disk.swap(os.open(other, os.O_RDWR)) == 2 * SECTORS
+    assert machine.interrupts(0) == 1
+    assert request(machine, IN, SECTORS, 512) == 0
+    assert machine.memory.read(DATA, 512) == b"o" * 512
+    # The same size again is nothing to tell of.
+    same = tmp_path / "same.raw"
+    same.write_bytes(b"s" * SECTORS * 1024)
+    disk.swap(os.open(same, os.O_RDWR))
+    assert machine.interrupts(0) == 0
+    machine.set_status(0)
+    assert disk.swap(os.open(image, os.O_RDWR)) == SECTORS
+
+
+def test_what_cannot_be_a_disk_is_not_taken(
+    make_disk: Callable[..., Machine], tmp_path: Path
+) -> None:
+    machine = make_disk()
+    disk = machine.device
+    assert isinstance(disk, VirtioBlk)
+    machine.start()
+    fd = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BackendError, match="neither a regular file"):
+        disk.swap(fd)
+    os.close(fd)  # still the caller's
+    assert request(machine, IN, 1, 512) == 0
+
+
+def test_a_quiesced_disk_has_another_file_and_stays_quiet(
+    make_disk: Callable[..., Machine], tmp_path: Path
+) -> None:
+    machine = make_disk()
+    disk = machine.device
+    assert isinstance(disk, VirtioBlk)
+    machine.start()
+    other = tmp_path / "other.raw"
+    other.write_bytes(b"o" * SECTORS * 512)
+    disk.quiesce()
+    disk.swap(os.open(other, os.O_RDWR))
+    machine.memory.write(HEADER, struct.pack("<IIQ", IN, 0, 1))
+    machine.post(0, [(HEADER, 16, False), (DATA, 512, True), (STATUS, 1, True)])
+    machine.kick(0)
+    assert machine.used(0) == []
+    disk.resume()
+    assert wait_for_used(machine) == [(0, 513)]
+    assert machine.memory.read(DATA, 512) == b"o" * 512
+
+
+def test_errors_of_the_file_are_told_and_break_nothing(
+    make_disk: Callable[..., Machine], image: Path
+) -> None:
+    machine = make_disk()
+    disk = machine.device
+    assert isinstance(disk, VirtioBlk)
+    told: list[tuple[int, int]] = []
+    disk.on_host_error = lambda: told.append(disk.host_errors())
+    machine.start()
+    os.truncate(image, 8 * 512)
+    assert request(machine, IN, 8, 512) == 1
+    machine.loop.dispatch(timeout_s=10)
+    assert told == [(1, errno.EIO)]
+    assert not machine.status & NEEDS_RESET
+    # One that the driver's reset overtakes is told too.
+    assert request(machine, IN, 9, 512) == 1
+    machine.set_status(0)
+    assert told[-1] == (2, errno.EIO)
+
+
 def test_directory_is_no_disk(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     try:

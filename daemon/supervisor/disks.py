@@ -16,6 +16,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +27,12 @@ from .records import DiskRecord
 # struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid.
 _FLOCK: Final = struct.Struct("hhqqi4x")
 SECTOR_BYTES: Final = 512
+# _IO(0x12, 94) of <linux/fs.h>
+BLKROGET: Final = 0x125E
+# A worker that has just ended may hold its disks for a moment: the kernel ends its io_uring, and
+# what that has under way, behind it.
+LOCK_PATIENCE_S: Final = 1.0
+LOCK_RETRY_S: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,8 @@ def inspect(path: str, field: str, *, read_only: bool, is_direct: bool = False) 
             raise Invalid(
                 "disk_kind", f"{path}: must be a regular file or a block device", field=field
             )
+        if not read_only:
+            _check_writable(fd, info, path, field)
         size_bytes = os.lseek(fd, 0, os.SEEK_END)
     finally:
         os.close(fd)
@@ -152,25 +161,51 @@ def open_unlocked(disk: DiskRecord, field: str, *, exclusively: bool = False) ->
 
 
 def lock(fd: int, path: str, field: str, *, is_shared: bool) -> None:
-    """Lock a whole file through its open file description.
+    """Lock a whole file through its open file description; waits a moment for it.
 
     Raises:
         Conflict: someone else holds it.
         HostFailure: the file system knows no locks.
     """
     kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
+    wanted = _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
+    deadline = time.monotonic() + LOCK_PATIENCE_S
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        while not _try_lock(fd, wanted):
+            if time.monotonic() > deadline:
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+                return
+            time.sleep(LOCK_RETRY_S)
     except (BlockingIOError, PermissionError) as err:
-        wanted = "read" if is_shared else "write"
+        how = "read" if is_shared else "write"
         raise Conflict(
             "disk_in_use",
-            f"{path}: cannot be locked to {wanted}, another VM or program uses it; stop that first,"
+            f"{path}: cannot be locked to {how}, another VM or program uses it; stop that first,"
             " or give the disk read_only to all of them",
             field=field,
         ) from err
     except OSError as err:
         raise HostFailure("disk_lock", f"{path}: {err.strerror}", field=field) from err
+
+
+def _check_writable(fd: int, info: os.stat_result, path: str, field: str) -> None:
+    """Refuse a device that lets itself be opened for writing, and then fails each write."""
+    if stat.S_ISBLK(info.st_mode):
+        (is_read_only,) = struct.unpack("i", fcntl.ioctl(fd, BLKROGET, bytes(4)))
+        if is_read_only:
+            raise Invalid(
+                "disk_permission",
+                f"{path}: is a read-only device; give the disk read_only, or see blockdev --setrw",
+                field=field,
+            )
+
+
+def _try_lock(fd: int, wanted: bytes) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _open(path: str, flags: int, *, is_direct: bool) -> int:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.rest import ApiFailure
 from tests.support import tiny_kernel as tiny
-from tests.support.hostel import Hostel
+from tests.support.disk_kernel import DiskGuest
+from tests.support.hostel import Hostel, is_locked, kill
 
 QUIET = tiny.boot_timer() + tiny.HALT
 
@@ -65,3 +67,57 @@ def test_a_disk_past_the_page_cache_starts(hostel: Hostel) -> None:
     assert hostel.api.vm(name)["disks"][0]["cache"] == "none"
     assert hostel.api.act(name, "start")["state"] == "running"
     hostel.delete(name)
+
+
+def test_a_lock_keeps_other_vms_away_also_while_and_after_hosteld_is_down(
+    own_hostel: Hostel,
+) -> None:
+    path = disk_file(own_hostel, "wanted.raw")
+    disks = [{"id": "root", "path": str(path)}]
+    owner = own_hostel.run(QUIET, disks=disks)
+    other = own_hostel.create(QUIET, disks=disks)
+    reader = own_hostel.create(QUIET, disks=[{**disks[0], "read_only": True}])
+    for _ in range(2):
+        for name in (other, reader):
+            with pytest.raises(ApiFailure, match="another VM or program uses it") as refused:
+                own_hostel.api.act(name, "start")
+            assert (refused.value.status, refused.value.code) == (409, "disk_in_use")
+        own_hostel.daemon.kill()
+        assert is_locked(path)
+        own_hostel.daemon.start()
+        assert own_hostel.api.vm(owner)["state"] == "running"
+    # A reset keeps it too; with the worker it goes, whoever saw that.
+    own_hostel.api.act(owner, "reset")
+    with pytest.raises(ApiFailure, match="another VM or program uses it"):
+        own_hostel.api.act(other, "start")
+    pid = own_hostel.api.vm(owner)["pid"]
+    own_hostel.daemon.kill()
+    kill(pid)
+    own_hostel.daemon.start()
+    assert own_hostel.api.act(other, "start")["state"] == "running"
+    with pytest.raises(ApiFailure, match="another VM or program uses it"):
+        own_hostel.api.act(owner, "start")
+
+
+def test_readers_share_a_disk_and_keep_a_writer_away(own_hostel: Hostel) -> None:
+    path = disk_file(own_hostel, "shared.raw")
+    disk = {"id": "root", "path": str(path)}
+    readers = [own_hostel.run(QUIET, disks=[{**disk, "read_only": True}]) for _ in range(2)]
+    own_hostel.restart()
+    writer = own_hostel.create(QUIET, disks=[disk])
+    for name in readers:
+        with pytest.raises(ApiFailure, match="cannot be locked to write"):
+            own_hostel.api.act(writer, "start")
+        own_hostel.delete(name)
+    assert own_hostel.api.act(writer, "start")["state"] == "running"
+
+
+def test_a_guest_in_the_midst_of_io_is_killed_and_started_again_and_again(
+    own_hostel: Hostel,
+) -> None:
+    guest = DiskGuest(own_hostel, disk_file(own_hostel, "busy.raw"))
+    for _ in range(5):
+        assert [answer[0] for answer in guest.ask("ABab")] == ["0"] * 4
+        own_hostel.api.type(guest.name, "ABCDEFGHabcdefgh")
+        guest.act("kill", "start")
+    guest.delete()

@@ -142,7 +142,7 @@ class HostelService(Protocol):
         ...
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:
-        """Grow a disk; a running guest is told."""
+        """Grow a disk, change its limits or its file; a running guest is told."""
         ...
 
     async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:

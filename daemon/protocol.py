@@ -23,6 +23,8 @@ hosteld asks a worker, over its own listening socket (so that a later hosteld fi
                   later Status without the device tells that it has let go
     keep          {"device": id} takes a detach back -> Status, which tells who was faster
     resize_disk   {"disk": id} after the file has changed -> {"size_bytes"}
+    swap_disk     {"disk": id, "swaps": as in DiskSpec}, fds [its new file] -> Status; on failure
+                  it keeps the one that it has
     limit_disk    {"disk": id, "rate_limit": as in DiskSpec} -> {}
     set_nic       {"nic": id, "wishes": NicWishes} -> {}
     attach_backend {"device": id}, fds [socket connected to its new vhost-user back end] -> Status
@@ -64,6 +66,7 @@ class DiskSpec:
     Attributes:
         rate_limit: fields of kvm_ffi.rate_limiter.RateLimit; what is missing is no limit.
         slot: of DISK_SLOTS; None for the first free one.
+        swaps: a number that hosteld gives to the file behind the disk; another file has another.
     """
 
     id: str
@@ -73,6 +76,7 @@ class DiskSpec:
     rate_limit: dict[str, int] = field(default_factory=dict)
     slot: int | None = None
     vhost_user: bool = False
+    swaps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +217,17 @@ class MachineSpec:
         spec["shares"] = [asdict(share) for share in self.shares]
         return spec
 
-    def with_disk_limit(self, disk_id: str, rate_limit: dict[str, int]) -> MachineSpec:
-        """Return the spec with other limits of one disk."""
-        disks = (
-            replace(disk, rate_limit=rate_limit) if disk.id == disk_id else disk
-            for disk in self.disks
-        )
+    def disk(self, disk_id: str) -> DiskSpec:
+        """Return one of the disks.
+
+        Raises:
+            StopIteration: there is none of this id.
+        """
+        return next(disk for disk in self.disks if disk.id == disk_id)
+
+    def with_disk(self, disk_id: str, **changes: Any) -> MachineSpec:  # noqa: ANN401 - any field
+        """Return the spec with one disk changed."""
+        disks = (replace(disk, **changes) if disk.id == disk_id else disk for disk in self.disks)
         return replace(self, disks=tuple(disks))
 
     def with_nic_wishes(self, nic_id: str, wishes: NicWishes) -> MachineSpec:
@@ -285,6 +294,9 @@ class Status:
         next_fd: the index of the next descriptor that an attach brings.
         backends_lost: why there is no connection to a vhost-user back end, by device id.
         watchdog_expired: how often since the launch.
+        swaps: of DiskSpec, by disk id; of those that the worker serves itself.
+        disk_errors: by disk id {"count", "error"}: how many requests the disk's file has failed in
+            the worker's life, as far as it is time to tell, and the errno's name of the last one.
     """
 
     state: str
@@ -297,6 +309,8 @@ class Status:
     next_fd: int = 0
     backends_lost: dict[str, str] = field(default_factory=dict)
     watchdog_expired: int = 0
+    swaps: dict[str, int] = field(default_factory=dict)
+    disk_errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def encode(self) -> dict[str, Any]:
         """Return the status as JSON."""
@@ -317,6 +331,8 @@ class Status:
             and isinstance(boot_time_us, int | None)
             and isinstance(reason, dict | None)
             and isinstance(data.get("backends_lost", {}), dict)
+            and isinstance(data.get("swaps", {}), dict)
+            and _are_disk_errors(data.get("disk_errors", {}))
         )
         if is_sound and reason is not None:
             shapes = {"code": str, "message": str, "detail": dict}
@@ -334,6 +350,15 @@ class Status:
             return cls(**data)
         except TypeError as err:
             raise ProtocolError(f"status: {err}") from err
+
+
+def _are_disk_errors(errors: object) -> bool:
+    return isinstance(errors, dict) and all(
+        isinstance(told, dict)
+        and type(told.get("count")) is int
+        and isinstance(told.get("error"), str)
+        for told in errors.values()
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,27 @@ def grow_disk(
         print(f"disk {disk} is {now.size_bytes >> 20} MiB")
 
 
+@app.command("swap-disk")
+def swap_disk(
+    context: typer.Context,
+    vm: Ref,
+    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="What it shall use; absolute.")],
+    as_json: Json = False,
+) -> None:
+    """Put another file behind a disk; a running guest goes on with that."""
+    with session(context) as client:
+        from ..models.vms import DiskPatch
+
+        patch = read(lambda: DiskPatch(path=path), DiskPatch)
+        changed = client.patch_disk(vm, disk, patch)
+        if as_json:
+            print_json(changed)
+            return
+        now = next(found for found in changed.disks if found.id == disk)
+        print(f"disk {disk} is {now.path}, {now.size_bytes >> 20} MiB")
+
+
 @app.command("limit-disk")
 def limit_disk(
     context: typer.Context,

@@ -32,9 +32,9 @@ from .support import (
 
 if TYPE_CHECKING:
     from ..models.resources import Operation
-    from ..models.vms import DiskCreate, NicCreate, NicPatch, Vm, VmCreate, VmPatch
+    from ..models.vms import DiskCreate, DiskPatch, NicCreate, NicPatch, Vm, VmCreate, VmPatch
 
-    W = TypeVar("W", VmCreate, VmPatch, DiskCreate, NicCreate, NicPatch)
+    W = TypeVar("W", VmCreate, VmPatch, DiskCreate, DiskPatch, NicCreate, NicPatch)
 
 app = group("Create, see and steer virtual machines.")
 

@@ -285,18 +285,21 @@ class VmPatch(Request):
 
 
 class DiskPatch(Request):
-    """A disk's new size, of which a running guest is told, or its new limits, which count at once.
+    """A disk's new size, new limits, or other file, at once; what is left out stays."""
 
-    What is left out stays.
-    """
-
+    path: HostPath | None = Field(
+        default=None,
+        description="Use this file or block device from now on; goes alone. A running guest is told"
+        " of another size. What it wrote to the old file stays there.",
+    )
     size_mib: int | None = Field(default=None, ge=1, le=64 * 1024 * 1024)
     rate_limit: RateLimit | None = Field(default=None, description="Null takes the limits away.")
 
     @model_validator(mode="after")
     def _something(self) -> DiskPatch:
-        if self.size_mib is None and "rate_limit" not in self.model_fields_set:
-            raise ValueError("give `size_mib` or `rate_limit`")
+        is_change = self.size_mib is not None or "rate_limit" in self.model_fields_set
+        if is_change is (self.path is not None):
+            raise ValueError("give `size_mib` or `rate_limit`, or `path` alone")
         return self
 
 

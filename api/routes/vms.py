@@ -167,7 +167,7 @@ async def delete_vm(
 
 @router.patch(
     "/{vm}/disks/{disk}",
-    summary="Grow a disk, or change its limits.",
+    summary="Grow a disk, change its limits, or put another file behind it.",
     responses={
         **success(Vm, "The VM with the changed disk.", is_object=True),
         **problems(404, 408, 409, 412, 413, 415, 507),
@@ -175,7 +175,11 @@ async def delete_vm(
     openapi_extra=takes(DiskPatch, {"size_mib": 4096}, has_if_match=True),
 )
 async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 1.0) -> Response:
-    """A running guest is told of a new size, and a new limit counts at once."""
+    """A running guest is told of a new size; a new limit or file counts at once.
+
+    Another file takes over between two requests: those under way end on the old one. A failure
+    leaves that in place.
+    """
     patch = await read_model(request, DiskPatch)
     ref, version = await precondition(request, vm, service_of(request).get_vm)
     call = call_of(request, wait, version)

@@ -134,7 +134,15 @@ def nic_wishes(nic: NicRecord) -> NicWishes:
 async def open_disk(disk: DiskRecord, index: int, bag: FdBag) -> DiskSpec:
     """Open what is behind a raw disk, locked; raises as prepare()."""
     (fd,) = await _in_thread(bag, partial(_open_disk, disk, index))
-    return DiskSpec(disk.id, fd, disk.read_only, disk.io_engine, disk.rate_limit, disk.slot)
+    return DiskSpec(
+        disk.id,
+        fd,
+        disk.read_only,
+        disk.io_engine,
+        disk.rate_limit,
+        disk.slot,
+        swaps=disk.swaps,
+    )
 
 
 def _open_disk(disk: DiskRecord, index: int) -> list[int]:

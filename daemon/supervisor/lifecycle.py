@@ -197,6 +197,23 @@ def check_plug(name: str, state: VmState) -> None:
         )
 
 
+def check_swap(name: str, state: VmState) -> None:
+    """Refuse to put another file behind a disk where the state does not allow it.
+
+    Raises:
+        Conflict: as check_action().
+    """
+    allowed = [other for other, rule in TABLE.items() if rule.may_plug or other is _S.PAUSED]
+    if state not in allowed:
+        raise Conflict(
+            "wrong_state",
+            f"VM {name} is {state.value}: a disk can use another file while it is running, paused"
+            " or at rest",
+            state=state.value,
+            allowed=[other.value for other in allowed],
+        )
+
+
 def check_outcome(state: VmState, following: VmState) -> None:
     """Hold the daemon itself to the table.
 

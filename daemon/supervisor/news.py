@@ -4,7 +4,7 @@
 
 hosteld may die between the two. A device is in the record before the worker is asked to attach it,
 and until the worker has detached it. So what the worker lacks was never attached, or is detached
-already; and what only the worker has was given up on.
+already; and what only the worker has was given up on. Likewise the file behind a disk.
 """
 
 from __future__ import annotations
@@ -63,6 +63,36 @@ def without(record: VmRecord, ids: Collection[str]) -> dict[str, Any]:
     }
 
 
+def take_over(entry: VmEntry, status: Status) -> tuple[dict[str, Any], list[NewEvent]]:
+    """Return what a worker's status changes in its VM's record, and events about its devices."""
+    record = entry.record
+    changes, lost = news(record, status), compare(record, status).lost
+    if lost:
+        changes |= without(record, {device.id for device in lost})
+    events = [
+        entry.event(f"{kind_of(device)}_detached", **{kind_of(device): device.id})
+        for device in lost
+    ]
+    for disk in _exchanged(changes.get("disks", record.disks), status):
+        disks = changes.get("disks", record.disks)
+        fresh = disk.with_other()
+        changes["disks"] = tuple(fresh if other is disk else other for other in disks)
+        if fresh.swaps > disk.swaps:
+            events.append(entry.event("disk_swapped", disk=disk.id, path=fresh.path))
+    return changes, events
+
+
+def _exchanged(disks: Collection[DiskRecord], status: Status) -> list[DiskRecord]:
+    """Return the disks whose worker has the other file than the record.
+
+    It may have taken one after hosteld gave up on it, or not taken one that was in the record
+    before it was asked.
+    """
+    return [
+        disk for disk in disks if disk.other and status.swaps.get(disk.id) == disk.other["swaps"]
+    ]
+
+
 def kind_of(device: DiskRecord | NicRecord) -> str:
     """Return "disk" or "nic", as events name it."""
     return "disk" if isinstance(device, DiskRecord) else "nic"
@@ -100,6 +130,13 @@ def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict
         changes["watchdog_expired"] = status.watchdog_expired
         count = status.watchdog_expired - record.watchdog_expired
         events.append(entry.event("watchdog", action=record.watchdog, count=count))
+    for disk_id, told in status.disk_errors.items():
+        if fresh := told["count"] - record.disk_errors.get(disk_id, 0):
+            changes["disk_errors"] = {
+                disk: told["count"] for disk, told in status.disk_errors.items()
+            }
+            error = told["error"]
+            events.append(entry.event("disk_error", disk=disk_id, error=error, count=fresh))
     return events, changes
 
 

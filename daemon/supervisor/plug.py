@@ -9,9 +9,7 @@ told, and a file is only removed when a committed record has named it as doomed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from .news import kind_of, without
 from .operations import Job
 from .records import DiskRecord, NicRecord, VmRecord
 from .vm_make import VmMaker
-from .vm_plan import Planner
+from .vm_plan import Planner, own_fields
 from .vm_run import Request, VmRunner
 from .vm_table import VmEntry, VmTable
 
@@ -75,7 +73,7 @@ class Plugger:
         async with entry.lock:
             check(entry, request)
             try:
-                with _own_fields():
+                with own_fields():
                     if isinstance(wanted, NicCreate):
                         await self._join(
                             entry, self._planner.plan_nic(entry.record, wanted), request
@@ -292,14 +290,3 @@ def _event(entry: VmEntry, what: str, device: Device, actor: str | None) -> Any:
 
 def _lacks(devices: tuple[str, ...] | None, device: Device) -> bool:
     return devices is not None and device.id not in devices
-
-
-@contextlib.contextmanager
-def _own_fields() -> Iterator[None]:
-    """Name fields as in a request for one device, and not as in one for a whole VM."""
-    try:
-        yield
-    except ApiError as err:
-        if err.field is not None:
-            err.field = err.field.rpartition(".")[2]
-        raise

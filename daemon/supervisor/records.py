@@ -9,7 +9,7 @@ committed.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -48,6 +48,9 @@ class DiskRecord:
         rate_limit: what is limited.
         slot: its PCI slot.
         format: as api.models.vms.Disk has it; all but "raw" are served by a back end.
+        swaps: a number that the file at ``path`` has, and no other that the disk has had.
+        other: {"path", "image_id", "size_bytes", "swaps"} of the file that the worker may have
+            instead: the one before, or one that it was to have and did not take.
     """
 
     id: str
@@ -61,6 +64,28 @@ class DiskRecord:
     rate_limit: dict[str, int] = field(default_factory=dict)
     slot: int | None = None
     format: DiskFormat = "raw"
+    swaps: int = 0
+    other: dict[str, Any] | None = None
+
+    def with_file(self, path: str, size_bytes: int) -> DiskRecord:
+        """Return the disk with another file, which the worker is to take."""
+        swaps = max(self.swaps, self.other["swaps"] if self.other else 0) + 1
+        return replace(
+            self,
+            path=path,
+            image_id=None,
+            size_bytes=size_bytes,
+            swaps=swaps,
+            other=self._file(),
+        )
+
+    def with_other(self) -> DiskRecord:
+        """Return the disk with the file that it has instead."""
+        assert self.other is not None
+        return replace(self, **self.other, other=self._file())
+
+    def _file(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("path", "image_id", "size_bytes", "swaps")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +178,8 @@ class VmRecord:
     watchdog: WatchdogAction | None = None
     # How often it has expired since the start, as far as events have told.
     watchdog_expired: int = 0
+    # How many errors of each disk's file in the worker's life have been told.
+    disk_errors: dict[str, int] = field(default_factory=dict)
 
     def encode(self) -> str:
         """Return the record as JSON text."""

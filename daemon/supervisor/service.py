@@ -213,7 +213,7 @@ class Supervisor:
             await self._runner.act(entry, action, request)
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:
-        """Grow a disk, or change its limits; a running guest has both at once."""
+        """Grow a disk, change its limits or its file; a running guest has it at once."""
         async with _door(f"change disk {disk_id} of VM {ref}"):
             entry = self._table.get(ref)
             change = self._maker.patch_disk(entry, disk_id, patch, _request(call))

@@ -27,6 +27,7 @@ from .library import Library
 from .operations import Job
 from .records import DiskRecord, NicRecord, VmRecord
 from .store import StoreFull
+from .swap import Swapper
 from .vm_plan import Planner, limits_of
 from .vm_run import Request, VmRunner
 from .vm_table import VmEntry, VmTable, to_model
@@ -60,6 +61,7 @@ class VmMaker:
         self._library = library
         self._pool = pool
         self._layout = layout
+        self._swapper = Swapper(table, runner, planner)
         self._reserve = Reserve(layout.state)
         # Of its own, so that long copies do not keep the starts of VMs waiting for a thread.
         self._threads = ThreadPoolExecutor(CLONES_AT_ONCE, "clone")
@@ -208,15 +210,18 @@ class VmMaker:
     async def patch_disk(
         self, entry: VmEntry, disk_id: str, patch: DiskPatch, request: Request
     ) -> None:
-        """Grow a disk and tell a running guest; change its limits, at once where it runs.
+        """Grow a disk and tell a running guest; change its limits, or its file, while it runs.
 
         Raises:
-            ApiError: no such disk, or of one that is to grow: it is read-only, or would shrink.
+            ApiError: no such disk; of one that is to grow: it is read-only, or would shrink; of a
+                new file: as Swapper.swap().
         """
         async with entry.lock:
             entry.check_present()
             entry.check_version(request.if_match)
             disk = _find_disk(entry.record, disk_id)
+            if patch.path is not None:
+                await self._swapper.swap(entry, disk, patch.path, request)
             if patch.size_mib is not None:
                 await self._grow_disk(entry, disk, patch.size_mib * MIB, request)
             if "rate_limit" in patch.model_fields_set:

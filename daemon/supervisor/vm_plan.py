@@ -8,16 +8,17 @@ Nothing here changes anything; what passes may still fail later, since the host 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from api.errors import Conflict, Invalid
+from api.errors import ApiError, Conflict, Invalid
 from api.models.devices import MAX_CID, ShareCreate, VsockCreate
 from api.models.resources import Image
 from api.models.vms import (
@@ -141,23 +142,20 @@ class Planner:
         """
         _check_device(record, wanted.id)
         slot = _free_slot(record, DISK_SLOTS, [disk.slot for disk in record.disks], "disks")
-        for other in record.disks:
-            is_shared = other.read_only and wanted.read_only
-            if wanted.path is None or is_shared:
-                continue
-            if await asyncio.to_thread(_is_same_file, other.path, wanted.path):
-                raise Invalid(
-                    "disk_twice",
-                    f"disks {other.id} and {wanted.id} are the same file; only read_only ones may"
-                    " be",
-                    field="path",
-                )
+        await _check_twice(record.disks, wanted)
         (disk,) = await self._plan_disks(record.id, [wanted])
         if disk.is_own:
             # A name of its own: the file of an earlier disk of that id may be on its way out.
             path = Path(disk.path).with_name(f"{disk.id}-{uuid.uuid4().hex[:8]}.raw")
             return replace(disk, path=str(path), slot=slot)
         return replace(disk, slot=slot)
+
+    async def plan_swap(self, record: VmRecord, disk: DiskRecord, path: str) -> DiskRecord:
+        """Return the record of a disk that is to use another file; raises as plan_disk()."""
+        wanted = DiskCreate(id=disk.id, path=path, read_only=disk.read_only, cache=disk.cache)
+        await _check_twice([other for other in record.disks if other.id != disk.id], wanted)
+        (found,) = await self._plan_disks(record.id, [wanted])
+        return disk.with_file(path, found.size_bytes)
 
     def plan_nic(self, record: VmRecord, wanted: NicCreate) -> NicRecord:
         """Return the record of one more network interface of a VM; raises as plan_disk()."""
@@ -397,6 +395,34 @@ def _free_slot(record: VmRecord, slots: range, taken: list[int | None], what: st
             "too_many_devices", f"VM {record.name} has {len(taken)} {what}, the most that it may"
         )
     return slot
+
+
+async def _check_twice(others: Iterable[DiskRecord], wanted: DiskCreate) -> None:
+    """Refuse a file that is another disk of the VM already.
+
+    Raises:
+        Invalid: it is.
+    """
+    for other in others:
+        if wanted.path is None or (other.read_only and wanted.read_only):
+            continue
+        if await asyncio.to_thread(_is_same_file, other.path, wanted.path):
+            raise Invalid(
+                "disk_twice",
+                f"disks {other.id} and {wanted.id} are the same file; only read_only ones may be",
+                field="path",
+            )
+
+
+@contextlib.contextmanager
+def own_fields() -> Iterator[None]:
+    """Name fields as in a request for one device, and not as in one for a whole VM."""
+    try:
+        yield
+    except ApiError as err:
+        if err.field is not None:
+            err.field = err.field.rpartition(".")[2]
+        raise
 
 
 def _is_same_file(path: str, other: str) -> bool:

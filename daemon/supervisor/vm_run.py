@@ -28,7 +28,7 @@ from .config import Config
 from .endings import judge
 from .launch import FdBag, prepare
 from .library import Library
-from .news import compare, counted, kind_of, news, without
+from .news import compare, counted, take_over
 from .operations import Job
 from .records import ReasonRecord, VmRecord, now
 from .tasks import Tasks
@@ -113,6 +113,7 @@ class VmRunner:
                     boot_time_us=None,
                     watchdog_expired=0,
                     worker=None,
+                    disk_errors={},
                 )
                 await self.launch(entry, spec, bag, intend, request)
 
@@ -414,17 +415,11 @@ class VmRunner:
         status = None if entry.worker is None else entry.worker.status
         if status is None:
             return
-        difference = compare(entry.record, status)
-        counts, changed = counted(entry, status)
-        changes = news(entry.record, status) | changed
-        if difference.lost:
-            changes |= without(entry.record, {device.id for device in difference.lost})
-        events = [
-            entry.event(f"{kind_of(device)}_detached", **{kind_of(device): device.id})
-            for device in difference.lost
-        ]
-        for device_id in difference.strays:
+        for device_id in compare(entry.record, status).strays:
             self._tasks.spawn(self._pull_stray(entry, device_id), "pull-stray")
+        changes, events = take_over(entry, status)
+        counts, changed = counted(entry, status)
+        changes |= changed
         if status.resets != entry.resets and entry.resets is not None:
             events.append(entry.event("reset", actor))
         entry.resets = status.resets

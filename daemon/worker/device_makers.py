@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
@@ -33,6 +35,13 @@ from ..protocol import (
 from .backends import Backends
 
 _RELEASED: Final = -1
+# struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid; all of the file.
+_UNLOCK: Final = struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0)
+
+
+def unlock(fd: int) -> None:
+    """Give up the lock of an open file description: fcntl(2)."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _UNLOCK)
 
 
 class MachineFds:
@@ -62,6 +71,15 @@ class MachineFds:
     def extend(self, fds: tuple[int, ...]) -> None:
         """Take over the descriptors of a device that is attached."""
         self._fds.extend(fds)
+
+    def replace(self, index: int, fd: int) -> None:
+        """Put another file, of which the caller keeps ``fd``, in the place of a disk's.
+
+        The old one's lock ends here: the kernel may hold on to the file itself for a moment.
+        """
+        unlock(self[index])
+        # Under the same number, by which the devices know it.
+        os.dup2(fd, self[index], inheritable=False)
 
     def release(self, fds: tuple[int, ...]) -> None:
         """Close those of a device that is detached; indexes stay what they are."""

@@ -30,14 +30,10 @@ from devices.legacy.serial import SerialPort
 from devices.pci.host import PciHost
 from devices.platform import IrqLine
 from devices.virtio.blk import VirtioBlk
+from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.pci import VirtioPci
-from devices.virtio.vhost_user.device import (
-    VhostUserBlk,
-    VhostUserDevice,
-    VhostUserNet,
-)
-from devices.virtio.vsock import VirtioVsock
+from devices.virtio.vhost_user.device import VhostUserDevice
 from kvm_ffi import exits, x86_64
 from kvm_ffi.blk_engine import SECTOR_BYTES
 from kvm_ffi.errors import KvmError
@@ -53,6 +49,7 @@ from ..errors import WorkerError
 from ..protocol import MachineSpec, NicWishes
 from . import boot, layout
 from .device_makers import MachineFds, make_with_copies, virtio_devices
+from .device_stats import device_stats
 from .slots import VirtioSlots
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
@@ -68,7 +65,7 @@ class MachineEvent:
         code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
             "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error"; or "ejected", and
             then collect_ejected() has something to do; or "backend_lost"; or "watchdog", as the
-            spec says what is to be done then.
+            spec says what is to be done then; or "disk_error", and then disks() have new ones.
         at_ns: CLOCK_MONOTONIC.
     """
 
@@ -210,7 +207,7 @@ class Machine:
         self._pci = PciHost(self._table, self._mmio, acpi.pci_window_32, acpi.pci_window_64)
         router = IrqRouter(self._vm)
         has_wildcard = self._vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH")
-        wrap = partial(
+        transport = partial(
             VirtioPci,
             vm=self._vm,
             router=router,
@@ -218,6 +215,12 @@ class Machine:
             event_loop=self.event_loop,
             notify_length=0 if has_wildcard else 2,
         )
+
+        def wrap(device: VirtioDevice) -> VirtioPci:
+            if isinstance(device, VirtioBlk):
+                device.on_host_error = self._on_disk_error
+            return transport(device)
+
         self._virtio = VirtioSlots(self._pci, self._ged, self._pio, wrap, self._on_ejected)
         stack.callback(self._virtio.close)
         for make, device_fds, slots in virtio_devices(spec, fds):
@@ -309,6 +312,33 @@ class Machine:
         """
         self._disk(disk_id).set_limit(limit)
 
+    def swap_disk(self, disk_id: str, fd: int) -> None:
+        """Put another file, of which the caller keeps ``fd``, behind a disk.
+
+        Raises:
+            WorkerError: the VM has no such disk, or it keeps the file that it has, and why.
+        """
+        disk, copy = self._disk(disk_id), os.dup(fd)
+        try:
+            disk.swap(copy)
+        except BaseException as err:
+            os.close(copy)
+            if isinstance(err, TimeoutError):
+                raise WorkerError("disk_busy", f"disk {disk_id}: {err}") from err
+            if isinstance(err, OSError):
+                raise WorkerError(
+                    "disk_lost_writes",
+                    f"disk {disk_id}: what was written to its old file cannot be made durable:"
+                    f" {err.strerror}; to leave it nevertheless, ask again",
+                ) from err
+            if isinstance(err, BackendError):
+                raise WorkerError("disk_unusable", str(err)) from err
+            raise
+
+    def disks(self) -> list[VirtioBlk]:
+        """Return the disks that this process serves itself."""
+        return [device for device in self._virtio if isinstance(device, VirtioBlk)]
+
     def _disk(self, disk_id: str) -> VirtioBlk:
         device = self._virtio.get(disk_id)
         if not isinstance(device, VirtioBlk):
@@ -396,30 +426,11 @@ class Machine:
 
     def stats(self) -> dict[str, Any]:
         """Return counters as api/models/vms.py's VmStats has them."""
-        of = {
-            VirtioBlk: "disks",
-            VhostUserBlk: "disks",
-            VirtioNet: "nics",
-            VhostUserNet: "nics",
+        return {
+            "vcpu_exits": self._table.counters(),
+            "console_dropped_bytes": self.serial.stats()["dropped_bytes"],
+            **device_stats(self._virtio),
         }
-        stats: dict[str, Any] = {"vcpu_exits": self._table.counters(), "disks": {}, "nics": {}}
-        stats["disk_details"] = {
-            device.name: device.details()
-            for device in self._virtio
-            if isinstance(device, VirtioBlk)
-        }
-        for device in self._virtio:
-            if kind := of.get(type(device)):
-                stats[kind][device.name] = device.stats()
-            elif isinstance(device, VirtioVsock):
-                stats["vsock"] = device.stats()
-        stats["nic_details"] = {
-            device.name: device.details()
-            for device in self._virtio
-            if isinstance(device, VirtioNet)
-        }
-        stats["console_dropped_bytes"] = self.serial.stats()["dropped_bytes"]
-        return stats
 
     # --- what the guest does; called on vCPU threads
 
@@ -439,6 +450,9 @@ class Machine:
 
     def _on_ejected(self) -> None:
         self._report("ejected", "the guest let go of a device")
+
+    def _on_disk_error(self) -> None:
+        self._report("disk_error", "the file of a disk has failed")
 
     def _on_guest_panic(self, event: PanicEvent) -> None:
         self._report("guest_panic", f"the guest reported a panic: {event.name}")

@@ -32,17 +32,15 @@ from ..protocol import MachineSpec, NicWishes, Status
 from .console import BoundedLog, decode_input
 from .control import ControlServer, FdHandler
 from .device_makers import MachineFds
+from .disk_errors import DiskErrors
 from .last_words import write_last_words
 from .machine import Machine, MachineEvent
+from .settling import Settling
 
 log = logging.getLogger(__name__)
 
 # A guest that resets itself at once after each start costs the host this often, no more.
 MIN_RESET_INTERVAL_S: Final = 1.0
-# By then a guest has booted, and what that took of the worker is not needed again.
-SETTLE_AFTER_S: Final = 30.0
-# Each stops the guest for 10 ms at most, and comes a second later than the one before.
-MAX_SETTLE_ATTEMPTS: Final = 10
 # hosteld may have given up, or died, between its fork and its launch.
 LAUNCH_TIMEOUT_S: Final = 60.0
 
@@ -64,7 +62,8 @@ class Worker:
     ) -> None:
         self._selector = selector
         self._facts = facts
-        self._image = image
+        self._settling = Settling(image)
+        self._errors = DiskErrors()
         self._console = BoundedLog(console_fd)
         self._last_words_fd = last_words_fd
         self._machine: Machine | None = None
@@ -76,8 +75,6 @@ class Worker:
         self._events_ready = EventFd()
         self._is_done = False
         self._reset_due: float | None = None
-        self._settle_due: float | None = None
-        self._settle_attempts = 0
         self._last_reset = 0.0
         # What a guest can make the worker log, and so write to the host's disk.
         self._log_limit = RateLimiter()
@@ -85,6 +82,7 @@ class Worker:
             "launch": self._on_launch,
             "attach": self._on_attach,
             "attach_backend": self._on_attach_backend,
+            "swap_disk": self._on_swap_disk,
         }
         self._requests: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "status": self._on_status,
@@ -118,13 +116,15 @@ class Worker:
                 self._rebuild()
             if self._status.state == "empty" and time.monotonic() >= launch_due:
                 self._end("never_launched", "nobody launched a VM in it")
-            if self._settle_due is not None and time.monotonic() >= self._settle_due:
-                self._settle()
+            self._settling.go_on()
+            if self._errors.is_due:
+                self._tell_errors()
         self._teardown()
 
     def _timeout(self, launch_due: float | None) -> float | None:
         """Return the seconds until the main loop must do something by itself."""
-        dues = [due for due in (launch_due, self._reset_due, self._settle_due) if due is not None]
+        all_dues = (launch_due, self._reset_due, self._settling.due, self._errors.due)
+        dues = [due for due in all_dues if due is not None]
         return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def _call(self, callback: Callable[[], object]) -> None:
@@ -227,8 +227,24 @@ class Worker:
             raise ProtocolError(f"limit_disk: {err}") from err
         assert self._spec is not None
         # A reset builds the machine anew, from the spec.
-        self._spec = self._spec.with_disk_limit(disk_id, limits)
+        self._spec = self._spec.with_disk(disk_id, rate_limit=limits)
         return {}
+
+    def _on_swap_disk(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        try:
+            disk_id, swaps = str(args.get("disk")), args.get("swaps")
+            if len(fds) != 1 or type(swaps) is not int:
+                raise ProtocolError("swap_disk: brings one descriptor and a number, swaps")
+            self._need("running", "paused").swap_disk(disk_id, fds[0])
+            assert self._spec is not None
+            assert self._fds is not None
+            self._fds.replace(self._spec.disk(disk_id).fd, fds[0])
+            self._spec = self._spec.with_disk(disk_id, swaps=swaps)
+        finally:
+            protocol.close_all(fds)
+        self._note_devices()
+        self._tell()  # as in _on_attach()
+        return self._status.encode()
 
     def _on_set_nic(self, args: dict[str, Any]) -> dict[str, Any]:
         nic_id, wishes = str(args.get("nic")), NicWishes.decode(args.get("wishes"))
@@ -287,9 +303,12 @@ class Worker:
         if self._spec is None or self._fds is None:
             return
         ids = (*(d.id for d in self._spec.disks), *(n.id for n in self._spec.nics))
-        lost = self._fds.backends.lost()
         self._status = replace(
-            self._status, devices=ids, next_fd=len(self._fds), backends_lost=lost
+            self._status,
+            devices=ids,
+            next_fd=len(self._fds),
+            backends_lost=self._fds.backends.lost(),
+            swaps={disk.id: disk.swaps for disk in self._spec.disks if not disk.vhost_user},
         )
 
     def _on_console_write(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -327,16 +346,14 @@ class Worker:
         elif event.code in ("ejected", "backend_lost"):
             self._forget_devices(self._machine.collect_ejected())
             self._tell()
+        elif event.code == "disk_error":
+            self._tell_errors()
         elif event.code == "guest_poweroff":
             self._end(event.code, event.message)
         elif event.code == "guest_reboot":
             self._on_guest_reset(event, self._policy("on_reboot"))
         elif event.code == "guest_panic":
-            policy = self._policy("on_panic")
-            if policy == "keep":
-                self._set_state(self._status.state, event.reason)
-            else:
-                self._on_guest_reset(event, policy)
+            self._on_guest_reset(event, self._policy("on_panic"))
         elif event.code == "watchdog":
             self._on_watchdog(event)
         else:
@@ -362,11 +379,19 @@ class Worker:
         elif policy != "none":
             self._on_guest_reset(event, "stop" if policy == "poweroff" else policy)
 
+    def _tell_errors(self) -> None:
+        if self._machine is not None and self._errors.look(self._machine.disks()):
+            self._status = replace(self._status, disk_errors=self._errors.told)
+            self._tell()
+
     def _policy(self, name: str) -> str:
         assert self._spec is not None
         return str(getattr(self._spec, name))
 
     def _on_guest_reset(self, event: MachineEvent, policy: str) -> None:
+        if policy == "keep":
+            self._set_state(self._status.state, event.reason)
+            return
         if self._status.state == "crashed":
             return  # another vCPU was first, and the operator wants to look at it
         if policy == "stop":
@@ -405,26 +430,9 @@ class Worker:
             selectors.EVENT_READ,
             self._machine.event_loop.dispatch,
         )
-        self._settle_due = time.monotonic() + SETTLE_AFTER_S
+        self._settling.begin()
         if start:
             self._machine.start()
-
-    def _settle(self) -> None:
-        """Give back the memory that the start and the guest's boot unshared; once, or in pieces."""
-        self._settle_due = None
-        if self._image is None:
-            return
-        self._settle_attempts += 1
-        try:
-            self._image.give_back()
-        except (BlockingIOError, TimeoutError) as err:
-            if self._settle_attempts < MAX_SETTLE_ATTEMPTS:
-                self._settle_due = time.monotonic() + self._settle_attempts
-                return
-            log.info("memory not shared again: %s", err)
-        except OSError as err:
-            log.warning("memory not shared again: %s", err)
-        self._image = None
 
     def _unbuild(self) -> None:
         machine, self._machine = self._machine, None
@@ -458,6 +466,8 @@ class Worker:
         self._is_done = True
         if self._machine is not None:
             self._machine.stop()
+            self._errors.look(self._machine.disks(), is_last=True)
+            self._status = replace(self._status, disk_errors=self._errors.told)
         self._set_state("stopped", {"code": code, "message": message, "detail": {}})
         write_last_words(self._last_words_fd, self._status)
 

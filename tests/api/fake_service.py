@@ -263,6 +263,8 @@ class FakeService:
             changes["size_bytes"] = patch.size_mib << 20
         if "rate_limit" in patch.model_fields_set:
             changes["rate_limit"] = patch.rate_limit
+        if patch.path is not None:
+            changes |= {"path": patch.path, "image": None}
         disks = [d.model_copy(update=changes) if d.id == disk_id else d for d in vm.disks]
         return self._keep(vm, disks=disks)
 

@@ -125,6 +125,15 @@ def test_disk_is_grown(cli: Cli) -> None:
     cli.run("vm", "grow-disk", "web-1", "root", "0", code=2)
 
 
+def test_disk_has_another_file(cli: Cli) -> None:
+    cli.run(*CREATE)
+    swapped = cli.run("vm", "swap-disk", "web-1", "root", "/srv/other.raw").stdout
+    assert swapped.startswith("disk root is /srv/other.raw, ")
+    shown = cli.json("vm", "swap-disk", "web-1", "root", "/srv/third.raw")["disks"][0]
+    assert (shown["path"], shown["image"]) == ("/srv/third.raw", None)
+    assert "path" in cli.run("vm", "swap-disk", "web-1", "root", "other.raw", code=2).stderr
+
+
 def test_devices_come_and_go_by_the_command_line(cli: Cli) -> None:
     cli.run(*CREATE)
     vm = cli.json("vm", "attach-disk", "web-1", "data=/srv/data.raw,ro")

@@ -51,6 +51,7 @@ def test_vm_lives_its_life(hostel: HostelClient) -> None:
     assert hostel.get_vm("web-1") == vm
     assert hostel.patch_vm(vm.id, VmPatch(vcpus=2)).vcpus == 2
     assert hostel.patch_disk(vm.id, "root", DiskPatch(size_mib=8)).disks[0].size_bytes == 8 << 20
+    assert hostel.patch_disk(vm.id, "root", DiskPatch(path="/srv/b")).disks[0].path == "/srv/b"
     started = hostel.settle(hostel.act_on_vm("web-1", VmAction.START), Vm)
     assert started.state is VmState.RUNNING
     assert hostel.vm_stats("web-1").vcpu_exits == {"pio": 1}

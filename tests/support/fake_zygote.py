@@ -12,7 +12,8 @@ The words of the VM's command line choose how the worker behaves:
     keep-devices, late-eject                detaches nothing unless forced, or not before it is told
                                             to keep it
     old-worker                              knows nothing of devices that come and go
-    mute-attach                             attaches, and does not answer
+    mute-attach, mute-swap_disk             does it, and does not answer
+    late-swap                               swaps a disk's file when it is asked something else next
     surrogate                               tells a reason that is no Unicode text
     lie=PID                                 says that it is that process, from the launch on
 """
@@ -61,6 +62,7 @@ class FakeWorker:
         self.status = Status("empty", vm_id, os.getpid())
         self.moods: set[str] = set()
         self.fds: tuple[int, ...] = ()
+        self.late: dict[str, int] = {}
         self.peer: socket.socket | None = None
 
     def run(self) -> int:
@@ -91,6 +93,7 @@ class FakeWorker:
             return
         if op in ("attach", "detach", "keep"):
             self.plug(op, args, message.fds)
+        self.swap(op, args, message.fds)
         if f"mute-{op}" in self.moods:
             self.moods.remove(f"mute-{op}")
             return
@@ -105,6 +108,7 @@ class FakeWorker:
         ids = (*(disk.id for disk in spec.disks), *(nic.id for nic in spec.nics))
         if "old-worker" not in self.moods:
             self.status = replace(self.status, devices=ids, next_fd=len(fds))
+            self.status = replace(self.status, swaps={disk.id: disk.swaps for disk in spec.disks})
 
     def answer(self, op: str, args: dict[str, Any]) -> dict[str, Any]:
         states = {"pause": "paused", "resume": "running", "reset": "running"}
@@ -145,6 +149,18 @@ class FakeWorker:
         elif op == "keep" and "late-eject" in self.moods:
             devices.remove(args["device"])
         self.tell(devices=tuple(devices), next_fd=len(self.fds))
+
+    def swap(self, op: str, args: dict[str, Any], fds: tuple[int, ...]) -> None:
+        if self.late:
+            self.tell(swaps=self.late)
+        if op == "swap_disk":
+            protocol.close_all(fds)
+            swaps = {**self.status.swaps, args["disk"]: args["swaps"]}
+            if "late-swap" in self.moods:
+                self.late = swaps
+                self.moods.add("mute-swap_disk")
+            else:
+                self.tell(swaps=swaps)
 
     def live(self) -> None:
         """Do what the guest does after its start."""

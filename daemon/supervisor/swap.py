@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""Put another file behind a disk, while its VM runs and while it is at rest.
+
+The record has the new file before the worker is asked to take it, with its number, and keeps the
+old one beside it. Whatever becomes of hosteld or of the answer, a status of the worker has the
+number of the file that it uses: news.py takes that over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import replace
+
+from api.errors import ApiError, Conflict, Invalid
+from api.models.vms import VmState
+
+from . import lifecycle
+from .launch import FdBag, open_disk
+from .records import DiskRecord
+from .store import NewEvent
+from .vm_plan import Planner, own_fields
+from .vm_run import Request, VmRunner
+from .vm_table import VmEntry, VmTable
+
+
+class Swapper:
+    """Swaps the files of disks.
+
+    Threads: the event loop's; files are looked at, opened and synced in others.
+    """
+
+    def __init__(self, table: VmTable, runner: VmRunner, planner: Planner) -> None:
+        self._table = table
+        self._runner = runner
+        self._planner = planner
+
+    async def swap(self, entry: VmEntry, disk: DiskRecord, path: str, request: Request) -> None:
+        """Have a disk use the file or block device at ``path``; the caller holds the lock.
+
+        Raises:
+            ApiError: the VM's state does not allow it, the disk is no raw one used by path, or the
+                file is missing, in use or not fit; the disk keeps the file that it has.
+        """
+        record = entry.record
+        lifecycle.check_swap(record.name, record.state)
+        _check_swappable(disk)
+        if path == disk.path:
+            return
+        with own_fields():
+            fresh = await self._planner.plan_swap(record, disk, path)
+            if record.state in (VmState.RUNNING, VmState.PAUSED):
+                await self._hand_over(entry, disk, fresh, request)
+                return
+        # What may be left of a worker never uses a disk again.
+        alone = replace(fresh, other=None)
+        await self._table.commit(entry, _event(entry, alone, request), disks=_with(entry, alone))
+
+    async def _hand_over(
+        self, entry: VmEntry, disk: DiskRecord, fresh: DiskRecord, request: Request
+    ) -> None:
+        index = entry.record.disks.index(disk)
+        with FdBag() as bag:
+            await open_disk(fresh, index, bag)
+            if not disk.read_only:
+                await asyncio.to_thread(_write_back, disk.path)
+            await self._table.commit(entry, disks=_with(entry, fresh))
+            args = {"disk": disk.id, "swaps": fresh.swaps}
+            try:
+                await self._runner.ask(entry, "swap_disk", args, tuple(bag.fds))
+            except ApiError:
+                # Refused, or not known: the worker's word is taken, now and with each status.
+                await self._runner.keep_up(entry)
+                raise
+        await self._table.record(entry, _event(entry, fresh, request))
+
+
+def _check_swappable(disk: DiskRecord) -> None:
+    if disk.is_own:
+        raise Conflict(
+            "disk_is_own",
+            f"disk {disk.id} is the VM's own copy of an image, which would be lost: attach the"
+            " other file as a disk of its own, or detach this one first",
+            field="path",
+        )
+    if disk.format != "raw":
+        raise Invalid(
+            "disk_format",
+            f"disk {disk.id} is {disk.format}: only a raw disk can use another file",
+            field="path",
+        )
+
+
+def _write_back(path: str) -> None:
+    """Have the kernel write what it holds of a file.
+
+    The worker does that for good, while the guest waits for the disk: this makes it short. It is
+    done through a descriptor of its own, since the kernel tells each of them of a lost write once.
+    """
+    with contextlib.suppress(OSError):  # the worker finds out what that means
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+
+def _with(entry: VmEntry, fresh: DiskRecord) -> tuple[DiskRecord, ...]:
+    return tuple(fresh if disk.id == fresh.id else disk for disk in entry.record.disks)
+
+
+def _event(entry: VmEntry, disk: DiskRecord, request: Request) -> NewEvent:
+    return entry.event("disk_swapped", request.actor, disk=disk.id, path=disk.path)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the Hostel authors
+"""The counters of a machine's virtio devices, as the API has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from devices.virtio.blk import VirtioBlk
+from devices.virtio.device import VirtioDevice
+from devices.virtio.net import VirtioNet
+from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserNet
+from devices.virtio.vsock import VirtioVsock
+
+_KINDS: Final[dict[type[VirtioDevice], str]] = {
+    VirtioBlk: "disks",
+    VhostUserBlk: "disks",
+    VirtioNet: "nics",
+    VhostUserNet: "nics",
+}
+
+
+def device_stats(devices: Iterable[VirtioDevice]) -> dict[str, Any]:
+    """Return counters as the fields of api/models/vms.py's VmStats; any thread."""
+    stats: dict[str, Any] = {"disks": {}, "nics": {}, "disk_details": {}, "nic_details": {}}
+    for device in devices:
+        if kind := _KINDS.get(type(device)):
+            stats[kind][device.name] = device.stats()
+        if isinstance(device, VirtioBlk):
+            stats["disk_details"][device.name] = device.details()
+        elif isinstance(device, VirtioNet):
+            stats["nic_details"][device.name] = device.details()
+        elif isinstance(device, VirtioVsock):
+            stats["vsock"] = device.stats()
+    return stats

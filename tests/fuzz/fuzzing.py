@@ -21,7 +21,7 @@ CSRC: Final = HERE.parent.parent / "kvm_ffi" / "csrc"
 TARGETS: Final = ("virtqueue", "blk", "net", "vsock", "uart", "exits")
 CORE: Final = (
     *("guest_mem", "virtqueue", "engine", "token_bucket", "io_ring", "net_engine"),
-    *("blk_file", "blk_request", "blk_stats", "blk_sync", "blk_ring", "blk_engine"),
+    *("blk_file", "blk_request", "blk_stats", "blk_sync", "blk_ring", "blk_control", "blk_engine"),
     *("uart16550", "exit_table"),
     *("vsock_conn", "vsock_engine", "vsock_host", "vsock_rx", "vsock_tx"),
 )

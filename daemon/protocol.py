@@ -177,6 +177,15 @@ class ShareSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PortSpec:
+    """A port of the virtio-console device; ``fd`` is a listening Unix socket."""
+
+    name: str
+    is_console: bool
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """All that a worker needs to build its machine; fd fields index the message's descriptors.
 
@@ -206,6 +215,7 @@ class MachineSpec:
     vsock: VsockSpec | None = None
     shares: tuple[ShareSpec, ...] = ()
     watchdog: str | None = None
+    ports: tuple[PortSpec, ...] = ()
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""
@@ -215,6 +225,7 @@ class MachineSpec:
         spec["nics"] = [asdict(nic) for nic in self.nics]
         spec["vsock"] = None if self.vsock is None else asdict(self.vsock)
         spec["shares"] = [asdict(share) for share in self.shares]
+        spec["ports"] = [asdict(port) for port in self.ports]
         return spec
 
     def disk(self, disk_id: str) -> DiskSpec:
@@ -251,6 +262,7 @@ class MachineSpec:
             vsock = fields["vsock"]
             fields["vsock"] = None if vsock is None else VsockSpec.decode(vsock)
             fields["shares"] = tuple(ShareSpec(**share) for share in fields["shares"])
+            fields["ports"] = tuple(PortSpec(**port) for port in fields["ports"])
             return cls(**fields)
         except (KeyError, TypeError) as err:
             raise ProtocolError(f"launch: {err}") from err
@@ -262,7 +274,7 @@ class MachineSpec:
             ProtocolError: as decode().
         """
         fresh = {"disks": args.get("disks", []), "nics": args.get("nics", [])}
-        nothing: dict[str, Any] = {"shares": [], "vsock": None, "rng": False}
+        nothing: dict[str, Any] = {"shares": [], "vsock": None, "rng": False, "ports": []}
         return self.decode({**self.encode(), **fresh, **nothing})
 
     def joined(self, part: MachineSpec) -> MachineSpec:

@@ -8,6 +8,7 @@ A disk: ``ID=image:NAME``, ``ID=path:/FILE``, ``ID=/FILE`` or ``ID=nbd://...``, 
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES
 ,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``, or ``,socket=PATH`` of a vhost-user switch in
 place of a tap.
+A console port: ``NAME``, then perhaps ``,console``.
 A vsock device: ``auto`` or ``unix``, then ``,cid=N`` if it is to be a certain one.
 """
 
@@ -78,6 +79,14 @@ def parse_nic(text: str) -> dict[str, Any]:
             raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: {known}")
         nic[name] = _number(text, name, value) if name in {"mtu", "queues"} else value
     return nic
+
+
+def parse_port(text: str) -> dict[str, Any]:
+    """Return the fields of a PortCreate."""
+    name, *options = text.split(",")
+    if options not in ([], ["console"]):
+        raise BadSpec(f"port {text!r}: write NAME or NAME,console")
+    return {"name": name, "console": bool(options)}
 
 
 def parse_vsock(text: str) -> dict[str, Any]:

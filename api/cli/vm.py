@@ -15,6 +15,7 @@ from .specs import (
     parse_disk,
     parse_label,
     parse_nic,
+    parse_port,
     parse_share,
     parse_vsock,
 )
@@ -59,6 +60,7 @@ Vsock = Annotated[
     str | None,
     typer.Option(metavar="BACKEND", help="A vsock device: auto or unix, then ,cid="),
 ]
+Ports = Annotated[list[str] | None, typer.Option(help="NAME, then perhaps ,console")]
 Watchdog = Annotated[
     str | None, typer.Option(help="A watchdog that does: reset, poweroff, pause or none.")
 ]
@@ -105,6 +107,7 @@ def create(
     share: Shares = None,
     nic: Nics = None,
     vsock: Vsock = None,
+    port: Ports = None,
     watchdog: Watchdog = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE. Again for more.")] = None,
     no_rng: Annotated[bool, typer.Option("--no-rng", help="No virtio-rng device.")] = False,
@@ -134,6 +137,7 @@ def create(
         wanted["shares"] = [parse_share(text) for text in share or ()]
         wanted["nics"] = [parse_nic(text) for text in nic or ()]
         wanted["vsock"] = None if vsock is None else parse_vsock(vsock)
+        wanted["ports"] = [parse_port(text) for text in port or ()]
         wanted["labels"] = dict(parse_label(text) for text in label or ())
         return VmCreate.model_validate(wanted)
 

@@ -19,6 +19,14 @@ ShareTag = Annotated[
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,35}$"),
     Field(description="What the guest mounts it by.", examples=["src"]),
 ]
+PortName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,31}$"),
+    Field(
+        description="What the guest finds it by: /dev/virtio-ports/NAME.",
+        examples=["org.qemu.guest_agent.0"],
+    ),
+]
 WatchdogAction = Annotated[
     Literal["reset", "poweroff", "pause", "none"],
     Field(description="What its expiry does; each one is an event `vm.watchdog` too."),
@@ -64,6 +72,25 @@ class Vsock(Response):
     path: str = Field(
         description="Of the Unix socket that programs of the host connect to; what the guest "
         "connects to at port P is the socket at this path with `_P` behind it."
+    )
+
+
+class PortCreate(Request):
+    """A port of a virtio-console device: a stream between a program of the guest and the host."""
+
+    name: PortName
+    console: bool = Field(
+        default=False, description="The guest's terminal hvc0; at most one port is."
+    )
+
+
+class Port(Response):
+    """A port as it is."""
+
+    name: str
+    console: bool
+    path: str = Field(
+        description="Of the Unix socket that programs of the host connect to while the VM runs."
     )
 
 

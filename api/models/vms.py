@@ -10,7 +10,16 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints, model_validator
 
 from .common import HostPath, Labels, Name, Ref, Request, Response, Timestamp
-from .devices import Share, ShareCreate, Vsock, VsockCreate, Watchdog, WatchdogCreate
+from .devices import (
+    Port,
+    PortCreate,
+    Share,
+    ShareCreate,
+    Vsock,
+    VsockCreate,
+    Watchdog,
+    WatchdogCreate,
+)
 
 MAX_VCPUS = 16
 MIN_MEMORY_MIB = 16
@@ -18,7 +27,7 @@ MAX_MEMORY_MIB = 1024 * 1024
 # Linux's COMMAND_LINE_SIZE on x86 is 2048 with the terminating NUL.
 MAX_CMDLINE_BYTES = 2047
 # Names that a worker gives to devices which are not the client's to name.
-OWN_DEVICES = ("rng0", "vsock0")
+OWN_DEVICES = ("console0", "rng0", "vsock0")
 
 # The pattern keeps out NUL, newlines and what is not ASCII; Linux reads the rest as it stands.
 Cmdline = Annotated[
@@ -250,6 +259,9 @@ class VmCreate(Request):
     on_panic: Literal["keep", "reset", "stop"] = Field(
         default="keep", description="What a guest panic that pvpanic reports does."
     )
+    ports: list[PortCreate] = Field(
+        default_factory=list, max_length=8, description="Of one virtio-console device."
+    )
     watchdog: WatchdogCreate | None = Field(
         default=None, description="A watchdog timer; `{}` takes every default."
     )
@@ -267,6 +279,10 @@ class VmCreate(Request):
             seen.add(device_id)
         if len({share.tag for share in self.shares}) < len(self.shares):
             raise ValueError("a share's tag is used twice")
+        if len({port.name for port in self.ports}) < len(self.ports):
+            raise ValueError("a port's name is used twice")
+        if sum(port.console for port in self.ports) > 1:
+            raise ValueError("only one port is the console")
         return self
 
 
@@ -387,6 +403,7 @@ class Vm(Response):
     nics: list[Nic]
     vsock: Vsock | None
     shares: list[Share]
+    ports: list[Port]
     rng: bool
     on_reboot: Literal["reset", "stop"]
     on_panic: Literal["keep", "reset", "stop"]
@@ -433,6 +450,9 @@ class VmStats(Response):
     nics: dict[str, dict[str, int]]
     nic_details: dict[str, NicDetails] = Field(default_factory=dict)
     vsock: dict[str, int] = Field(default_factory=dict, description="Empty without a vsock device.")
+    ports: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="Counters of each port, as the guest sees them."
+    )
     memory_rss_bytes: int
     console_dropped_bytes: int
 

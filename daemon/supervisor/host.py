@@ -172,6 +172,15 @@ class _Snapshot(Collector):
         return self._metrics
 
 
+# Label, and the beginning of the help text.
+_DEVICE_KINDS: Final = {
+    "disk": "Disk",
+    "nic": "Interface",
+    "vsock": "vsock",
+    "port": "Console port",
+}
+
+
 def _metrics(
     states: Counter[VmState], stats: list[tuple[str, VmStats]], silent: int
 ) -> Iterator[Metric]:
@@ -189,12 +198,6 @@ def _metrics(
     dropped = CounterMetricFamily(
         "hostel_vm_console_dropped_bytes", "Console output that was lost.", labels=["vm"]
     )
-    disks = CounterMetricFamily(
-        "hostel_vm_disk", "Disk counters by name.", labels=["vm", "disk", "counter"]
-    )
-    nics = CounterMetricFamily(
-        "hostel_vm_nic", "Interface counters by name.", labels=["vm", "nic", "counter"]
-    )
     queues = CounterMetricFamily(
         "hostel_vm_disk_queue",
         "Disk counters of one queue by name.",
@@ -204,9 +207,6 @@ def _metrics(
         "hostel_vm_disk_latency_seconds",
         "How long requests took, from ring to answer, in all queues.",
         labels=["vm", "disk"],
-    )
-    vsocks = CounterMetricFamily(
-        "hostel_vm_vsock", "vsock counters by name.", labels=["vm", "vsock", "counter"]
     )
     for name, one in stats:
         for disk, details in one.disk_details.items():
@@ -218,12 +218,27 @@ def _metrics(
         dropped.add_metric([name], one.console_dropped_bytes)
         for kind, count in one.vcpu_exits.items():
             exits.add_metric([name, kind], count)
-        families = ((disks, one.disks), (nics, one.nics), (vsocks, {"vsock0": one.vsock}))
-        for family, devices in families:
-            for device, counters in devices.items():
-                for counter, count in counters.items():
-                    family.add_metric([name, device, counter], count)
-    yield from (rss, exits, dropped, disks, nics, queues, latency, vsocks, _nic_queues(stats))
+    yield from (rss, exits, dropped, queues, latency, _nic_queues(stats))
+    for kind, text in _DEVICE_KINDS.items():
+        yield _devices(kind, text, stats)
+
+
+def _devices(kind: str, text: str, stats: list[tuple[str, VmStats]]) -> Metric:
+    """Return the counters of all devices of a kind."""
+    family = CounterMetricFamily(
+        f"hostel_vm_{kind}", f"{text} counters by name.", labels=["vm", kind, "counter"]
+    )
+    for name, one in stats:
+        devices = {
+            "disk": one.disks,
+            "nic": one.nics,
+            "vsock": {"vsock0": one.vsock},
+            "port": one.ports,
+        }[kind]
+        for device, counters in devices.items():
+            for counter, count in counters.items():
+                family.add_metric([name, device, counter], count)
+    return family
 
 
 def _buckets(details: DiskDetails) -> list[tuple[str, float]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,19 @@ from typing import Final, Self
 
 from api.errors import ApiError, HostFailure, Internal
 
-from ..protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, ShareSpec, VsockSpec
+from ..protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, PortSpec, ShareSpec, VsockSpec
 from .backends import Backends, connect_switch
 from .disks import open_locked
-from .records import DiskRecord, KernelRecord, NicRecord, ShareRecord, VmRecord
+from .ports import open_ports
+from .records import (
+    DiskRecord,
+    KernelRecord,
+    NicRecord,
+    PortRecord,
+    ShareRecord,
+    VmRecord,
+    VsockRecord,
+)
 from .taps import open_taps, open_vhost
 from .vsock import SOCKET_NAME, open_vsock
 
@@ -100,10 +109,6 @@ async def prepare(
         await _open_share(record.id, share, f"shares.{index}", bag, backends)
         for index, share in enumerate(record.shares)
     ]
-    vsock = None
-    if record.vsock is not None:
-        vsock_fds = await _in_thread(bag, partial(open_vsock, record.vsock))
-        vsock = VsockSpec(record.vsock.cid, vsock_fds, SOCKET_NAME)
     return MachineSpec(
         vm_id=record.id,
         vcpus=record.vcpus,
@@ -120,9 +125,10 @@ async def prepare(
         on_reboot=record.on_reboot,
         on_panic=record.on_panic,
         requested_ns=requested_ns,
-        vsock=vsock,
+        vsock=await _open_vsock(record.vsock, bag),
         shares=tuple(shares),
         watchdog=record.watchdog,
+        ports=await _open_ports(record.ports, bag),
     )
 
 
@@ -182,6 +188,18 @@ async def _open_share(
     served = await backends.serve_share(vm_id, share, field)
     fd = bag.add(served.sock.detach())
     return ShareSpec(share.device_id, share.tag, fd, served.is_libvhost)
+
+
+async def _open_vsock(vsock: VsockRecord | None, bag: FdBag) -> VsockSpec | None:
+    if vsock is None:
+        return None
+    fds = await _in_thread(bag, partial(open_vsock, vsock))
+    return VsockSpec(vsock.cid, fds, SOCKET_NAME)
+
+
+async def _open_ports(ports: Sequence[PortRecord], bag: FdBag) -> tuple[PortSpec, ...]:
+    fds = await _in_thread(bag, partial(open_ports, ports)) if ports else ()
+    return tuple(PortSpec(port.name, port.console, fd) for port, fd in zip(ports, fds, strict=True))
 
 
 async def _in_thread(bag: FdBag, opener: Callable[[], list[int]]) -> tuple[int, ...]:

@@ -137,6 +137,15 @@ class VsockRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PortRecord:
+    """A port of a VM's console device; ``path`` is that of its socket while the VM runs."""
+
+    name: str
+    console: bool
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReasonRecord:
     """Why a VM is in its state."""
 
@@ -180,6 +189,7 @@ class VmRecord:
     watchdog_expired: int = 0
     # How many errors of each disk's file in the worker's life have been told.
     disk_errors: dict[str, int] = field(default_factory=dict)
+    ports: tuple[PortRecord, ...] = ()
 
     def encode(self) -> str:
         """Return the record as JSON text."""
@@ -211,6 +221,7 @@ class VmRecord:
             for slot, nic in zip(NIC_SLOTS, doc["nics"], strict=False)
         )
         doc["shares"] = tuple(ShareRecord(**share) for share in doc.get("shares", ()))
+        doc["ports"] = tuple(PortRecord(**port) for port in doc.get("ports", ()))
         return cls(**doc)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from api.errors import ApiError, Conflict, Invalid
-from api.models.devices import MAX_CID, ShareCreate, VsockCreate
+from api.models.devices import MAX_CID, PortCreate, ShareCreate, VsockCreate
 from api.models.resources import Image
 from api.models.vms import (
     OWN_DEVICES,
@@ -42,6 +42,7 @@ from .records import (
     DiskRecord,
     IoEngine,
     NicRecord,
+    PortRecord,
     ShareRecord,
     VmRecord,
     VsockRecord,
@@ -98,6 +99,7 @@ class Planner:
             rng=request.rng,
             on_reboot=request.on_reboot,
             on_panic=request.on_panic,
+            ports=self._plan_ports(vm_id, request.ports),
             watchdog=None if request.watchdog is None else request.watchdog.action,
             labels=request.labels,
             boot_time_us=None,
@@ -347,7 +349,13 @@ class Planner:
             raise Conflict("tap_taken", f"tap {tap} belongs to VM {owner}", field=field)
         taps.check_name(tap, field)
 
-    # --- vsock
+    # --- vsock, ports
+
+    def _plan_ports(self, vm_id: str, wanted: list[PortCreate]) -> tuple[PortRecord, ...]:
+        directory = self._layout.vm_runtime(vm_id) / "ports"
+        return tuple(
+            PortRecord(port.name, port.console, str(directory / port.name)) for port in wanted
+        )
 
     def _plan_vsock(self, vm_id: str, wanted: VsockCreate | None) -> VsockRecord | None:
         if wanted is None:

@@ -20,12 +20,12 @@ from typing import Any, Final
 
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.devices import Share, Vsock, Watchdog
+from api.models.devices import Port, Share, Vsock, Watchdog
 from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm
 from api.ports import ListQuery
 
 from . import lifecycle
-from .records import ReasonRecord, VmRecord, delete_vm, now, save_vm
+from .records import NicRecord, ReasonRecord, VmRecord, delete_vm, now, save_vm
 from .store import NewEvent, Store, StoreFull
 from .tasks import Tasks
 from .workers import Worker
@@ -348,24 +348,10 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
             )
             for disk in record.disks
         ],
-        nics=[
-            Nic(
-                id=nic.id,
-                tap=nic.tap or None,
-                mac=nic.mac,
-                mtu=nic.mtu,
-                bridge=nic.bridge,
-                backend=nic.backend,
-                queues=nic.n_pairs(record.vcpus),
-                link=nic.link,
-                rx_limit=_limit(nic.rx_limit),
-                tx_limit=_limit(nic.tx_limit),
-                socket=nic.socket,
-            )
-            for nic in record.nics
-        ],
+        nics=[_nic(nic, record.vcpus) for nic in record.nics],
         vsock=None if vsock is None else Vsock(**asdict(vsock)),
         shares=[Share(**asdict(share)) for share in record.shares],
+        ports=[Port(**asdict(port)) for port in record.ports],
         rng=record.rng,
         on_reboot=record.on_reboot,
         on_panic=record.on_panic,
@@ -376,6 +362,22 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
         created_at=record.created_at,
         started_at=record.started_at,
         version=record.version,
+    )
+
+
+def _nic(nic: NicRecord, vcpus: int) -> Nic:
+    return Nic(
+        id=nic.id,
+        tap=nic.tap or None,
+        mac=nic.mac,
+        mtu=nic.mtu,
+        bridge=nic.bridge,
+        backend=nic.backend,
+        queues=nic.n_pairs(vcpus),
+        link=nic.link,
+        rx_limit=_limit(nic.rx_limit),
+        tx_limit=_limit(nic.tx_limit),
+        socket=nic.socket,
     )
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final
 
 from devices.virtio.blk import VirtioBlk
+from devices.virtio.console import PortConfig, VirtioConsole
 from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.rng import VirtioRng
@@ -29,6 +30,7 @@ from ..protocol import (
     DiskSpec,
     MachineSpec,
     NicSpec,
+    PortSpec,
     ShareSpec,
     VsockSpec,
 )
@@ -119,6 +121,9 @@ def virtio_devices(
     if spec.vsock is not None:
         vsock = spec.vsock
         yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
+    if spec.ports:
+        port_fds = tuple(fds[port.fd] for port in spec.ports)
+        yield partial(_make_console, spec.ports), port_fds, OTHER_SLOTS
     if spec.rng:
         yield lambda _: VirtioRng(), (), OTHER_SLOTS
 
@@ -159,6 +164,10 @@ def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
 
 def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
     return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
+
+
+def _make_console(ports: tuple[PortSpec, ...], fds: list[int]) -> VirtioConsole:
+    return VirtioConsole([PortConfig(port.name, port.is_console) for port in ports], fds)
 
 
 def _make_vhost_user_blk(disk: DiskSpec, fds: MachineFds, _: list[int]) -> VirtioDevice:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from devices.virtio.blk import VirtioBlk
+from devices.virtio.console import VirtioConsole
 from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserNet
@@ -33,4 +34,6 @@ def device_stats(devices: Iterable[VirtioDevice]) -> dict[str, Any]:
             stats["nic_details"][device.name] = device.details()
         elif isinstance(device, VirtioVsock):
             stats["vsock"] = device.stats()
+        elif isinstance(device, VirtioConsole):
+            stats["ports"] = device.port_stats()
     return stats

@@ -178,15 +178,30 @@ class KickedDevice(VirtioDevice):
         return self._fault
 
     def on_kick(self, queue_index: int) -> None:
-        """Drain one queue, publish once, interrupt at most once."""
+        """Serve one queue, unless the device rests."""
+
+        def work(activation: Activation) -> None:
+            self._counts["kicks"] += 1
+            self._counts.update(self.serve(queue_index, activation.queues[queue_index]))
+
+        self.guarded(work)
+
+    def serve(self, queue_index: int, enabled: EnabledQueue) -> dict[str, int]:
+        """Serve one queue and return its counters, as serve_slowly() does.
+
+        Raises:
+            GuestError: the device will need a reset.
+        """
+        return serve_slowly(enabled, partial(self.handle, queue_index))
+
+    def guarded(self, work: Callable[[Activation], None]) -> None:
+        """Do something with the queues under the lock, unless the device rests or is broken."""
         with self._lock:
             activation = self._activation
             if activation is None or self._is_quiesced or self._fault is not None:
                 return
-            queue = activation.queues[queue_index]
-            self._counts["kicks"] += 1
             try:
-                self._counts.update(serve_slowly(queue, partial(self.handle, queue_index)))
+                work(activation)
             except GuestError as err:
                 self._fault = str(err)
                 self._guest_log.warning("%s: %s", self.name, err)

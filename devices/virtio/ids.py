@@ -16,6 +16,7 @@ PCI_SUBSYSTEM_ID_BASE: Final = 0x1100  # 4.1.2.1: 0x40 or higher
 # Section 5, device ids.
 VIRTIO_ID_NET: Final = 1
 VIRTIO_ID_BLOCK: Final = 2
+VIRTIO_ID_CONSOLE: Final = 3
 VIRTIO_ID_RNG: Final = 4
 VIRTIO_ID_VSOCK: Final = 19
 VIRTIO_ID_FS: Final = 26
@@ -50,6 +51,9 @@ VIRTIO_BLK_F_CONFIG_WCE: Final = 1 << 11
 VIRTIO_BLK_F_MQ: Final = 1 << 12
 VIRTIO_BLK_F_DISCARD: Final = 1 << 13
 VIRTIO_BLK_F_WRITE_ZEROES: Final = 1 << 14
+
+# 5.3.3 console device.
+VIRTIO_CONSOLE_F_MULTIPORT: Final = 1 << 1
 
 # 5.1.3 network device.
 VIRTIO_NET_F_CSUM: Final = 1 << 0

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from api.errors import ApiError, Busy, Conflict, Invalid, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.devices import Vsock
+from api.models.devices import Port, Vsock
 from api.models.resources import (
     Check,
     Event,
@@ -199,12 +199,16 @@ class FakeService:
             else Vsock(
                 cid=request.vsock.cid or 1000, backend="unix", path="/run/hostel/vsock/1/v.sock"
             ),
+            ports=[
+                Port(**port.model_dump(), path=f"/run/hostel/vms/1/ports/{port.name}")
+                for port in request.ports
+            ],
             pid=1 if request.start else None,
             boot_time_us=None,
             created_at=EPOCH,
             started_at=EPOCH if request.start else None,
             version=1,
-            **request.model_dump(exclude={"disks", "nics", "vsock", "start"}),
+            **request.model_dump(exclude={"disks", "nics", "vsock", "ports", "start"}),
         )
         self.vms[vm.id] = vm
         self.consoles[vm.id], self.typed[vm.id] = bytearray(), bytearray()

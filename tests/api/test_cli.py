@@ -68,6 +68,15 @@ def test_a_vsock_device_is_asked_for_and_shown(cli: Cli) -> None:
     assert "cid 7  /run/hostel/vsock/1/v.sock" in cli.run("vm", "show", "web-1").stdout
 
 
+def test_ports_are_asked_for_and_shown(cli: Cli) -> None:
+    ports = ("--port", "tty,console", "--port", "agent")
+    cli.run("vm", "create", "web-1", "--kernel", "debian", *ports)
+    shown = cli.json("vm", "show", "web-1")["ports"]
+    assert [(port["name"], port["console"]) for port in shown] == [("tty", True), ("agent", False)]
+    assert "/run/hostel/vms/1/ports/agent" in cli.run("vm", "show", "web-1").stdout
+    cli.run("vm", "create", "web-2", "--kernel", "debian", "--port", "tty,serial", code=2)
+
+
 def test_a_watchdog_is_asked_for_and_shown(cli: Cli) -> None:
     cli.run("vm", "create", "web-1", "--kernel", "debian", "--watchdog", "pause")
     assert cli.json("vm", "show", "web-1")["watchdog"] == {"action": "pause"}

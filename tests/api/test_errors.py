@@ -72,6 +72,12 @@ def refuse(api: Api, body: dict[str, Any]) -> dict[str, Any]:
             None,
             "device id 'vsock0' is that of a device of Hostel's own",
         ),
+        (
+            {"ports": [{"name": "a", "console": True}, {"name": "b", "console": True}]},
+            None,
+            "only one port is the console",
+        ),
+        ({"ports": [{"name": "a"}, {"name": "a"}]}, None, "a port's name is used twice"),
         ({"vsock": {"cid": 2}}, "vsock.cid", "vsock.cid=2: must be 3..4294967294"),
         ({"nics": [{"id": "net0", "mtu": 1}]}, "nics.0.mtu", "nics.0.mtu=1: must be 68..65535"),
     ],

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from daemon import protocol
 from daemon.errors import ProtocolError
-from daemon.protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, Status, VsockSpec
+from daemon.protocol import (
+    DiskSpec,
+    MachineSpec,
+    NicSpec,
+    NicWishes,
+    PortSpec,
+    Status,
+    VsockSpec,
+)
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -38,6 +46,8 @@ SPEC = MachineSpec(
     on_panic="keep",
     requested_ns=1,
     vsock=VsockSpec(1000, (4, 5), "v.sock"),
+    watchdog="reset",
+    ports=(PortSpec("tty", True, 6),),
 )
 
 

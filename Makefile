@@ -81,7 +81,7 @@ test-kvm: build
 # QEMU does not get every race of two right, and a test must not fail for that.
 test-guest: build guest
 	@echo "running tests/guest in the lab, an emulated AMD-V host"
-	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) lab/lab run -c 1 -m 4096 -t 2700 -- \
+	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) lab/lab run -c 1 -m 4096 -t 3600 -- \
 	   $(PYTEST) -v --tb=short tests/guest
 
 # --- the main job, by hand and by eye

@@ -186,6 +186,16 @@ class PortSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PmemSpec:
+    """A virtio-pmem device; ``fd`` is its file, of which ``size_bytes`` are the guest's."""
+
+    id: str
+    fd: int
+    size_bytes: int
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """All that a worker needs to build its machine; fd fields index the message's descriptors.
 
@@ -216,6 +226,7 @@ class MachineSpec:
     shares: tuple[ShareSpec, ...] = ()
     watchdog: str | None = None
     ports: tuple[PortSpec, ...] = ()
+    pmem: tuple[PmemSpec, ...] = ()
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""
@@ -226,6 +237,7 @@ class MachineSpec:
         spec["vsock"] = None if self.vsock is None else asdict(self.vsock)
         spec["shares"] = [asdict(share) for share in self.shares]
         spec["ports"] = [asdict(port) for port in self.ports]
+        spec["pmem"] = [asdict(pmem) for pmem in self.pmem]
         return spec
 
     def disk(self, disk_id: str) -> DiskSpec:
@@ -263,6 +275,7 @@ class MachineSpec:
             fields["vsock"] = None if vsock is None else VsockSpec.decode(vsock)
             fields["shares"] = tuple(ShareSpec(**share) for share in fields["shares"])
             fields["ports"] = tuple(PortSpec(**port) for port in fields["ports"])
+            fields["pmem"] = tuple(PmemSpec(**pmem) for pmem in fields["pmem"])
             return cls(**fields)
         except (KeyError, TypeError) as err:
             raise ProtocolError(f"launch: {err}") from err
@@ -274,7 +287,8 @@ class MachineSpec:
             ProtocolError: as decode().
         """
         fresh = {"disks": args.get("disks", []), "nics": args.get("nics", [])}
-        nothing: dict[str, Any] = {"shares": [], "vsock": None, "rng": False, "ports": []}
+        nothing: dict[str, Any] = {"vsock": None, "rng": False}
+        nothing |= {"shares": [], "ports": [], "pmem": []}
         return self.decode({**self.encode(), **fresh, **nothing})
 
     def joined(self, part: MachineSpec) -> MachineSpec:

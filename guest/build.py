@@ -51,6 +51,8 @@ DISK_MODULES: Final = (
     "vmw_vsock_virtio_transport",
     "fuse",
     "virtiofs",
+    "virtio_pmem",
+    "nd_pmem",
 )
 DISK_MIB: Final = 64
 # Fixed, so that the same sources give the same disk.

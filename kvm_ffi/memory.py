@@ -33,12 +33,17 @@ _GPA_LIMIT: Final = 1 << 52  # the widest guest-physical address of x86-64
 
 @dataclass(frozen=True, slots=True)
 class MemoryRegion:
-    """One contiguous range of guest RAM; backs one memslot."""
+    """One contiguous range of guest memory; backs one memslot.
+
+    Attributes:
+        fd: the file that it is, from ``file_offset`` on.
+    """
 
     gpa: Gpa
     size_bytes: int
     hva: Hva
     file_offset: int
+    fd: int
 
 
 class GuestMemory:
@@ -77,9 +82,28 @@ class GuestMemory:
         for index, (gpa, size) in enumerate(layout):
             _check(lib.guest_mem_map(self._mem, self.fd, file_offset, gpa, size))
             hva = Hva(int(ffi.cast("uintptr_t", self._mem.regions[index].hva)))
-            mapped.append(MemoryRegion(gpa, size, hva, file_offset))
+            mapped.append(MemoryRegion(gpa, size, hva, file_offset, self.fd))
             file_offset += size
         return tuple(mapped)
+
+    def add_file(self, gpa: Gpa, size_bytes: int, fd: int) -> None:
+        """Make a file a region as well; before any vCPU or engine runs.
+
+        Args:
+            gpa: behind every other region.
+            size_bytes: whole pages. Should the file shrink below that, whoever touches it, this
+                process included, gets SIGBUS.
+            fd: open for reading and writing; stays the caller's, open as long as this.
+
+        Raises:
+            ValueError: the layout does not fit the rules for regions.
+            OSError: it cannot be mapped.
+        """
+        present = ((region.gpa, region.size_bytes) for region in self.regions)
+        _checked_layout([*present, (gpa, size_bytes)])
+        _check(lib.guest_mem_map(self._mem, fd, 0, gpa, size_bytes))
+        hva = Hva(int(ffi.cast("uintptr_t", self._mem.regions[len(self.regions)].hva)))
+        self.regions = (*self.regions, MemoryRegion(gpa, size_bytes, hva, 0, fd))
 
     @property
     def raw(self) -> CData:
@@ -138,9 +162,9 @@ class GuestMemory:
         if not 0 <= file_offset < 1 << 63:
             raise ValueError(f"file_offset={file_offset}: must be 0..2**63-1")
         region = next(r for r in self.regions if r.gpa <= gpa < r.gpa + r.size_bytes)
-        os.lseek(self.fd, region.file_offset + gpa - region.gpa, os.SEEK_SET)
+        os.lseek(region.fd, region.file_offset + gpa - region.gpa, os.SEEK_SET)
         while length:
-            copied = os.sendfile(self.fd, fd, file_offset, length)
+            copied = os.sendfile(region.fd, fd, file_offset, length)
             if copied == 0:
                 raise OSError(errno.ENODATA, f"the file ends {length} bytes early")
             file_offset += copied
@@ -170,6 +194,24 @@ class GuestMemory:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class ReadOnlyMapping:
+    """A file that a guest may read and nobody may write; no part of guest memory for C.
+
+    Raises:
+        OSError, ValueError: it cannot be mapped.
+    """
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self._bytes: CData = ffi.from_buffer(self._map)
+        self.hva = Hva(int(ffi.cast("uintptr_t", self._bytes)))
+
+    def close(self) -> None:
+        """Unmap it."""
+        ffi.release(self._bytes)
+        self._map.close()
 
 
 def _checked_layout(regions: Sequence[tuple[Gpa, int]]) -> list[tuple[Gpa, int]]:

@@ -8,6 +8,7 @@ A disk: ``ID=image:NAME``, ``ID=path:/FILE``, ``ID=/FILE`` or ``ID=nbd://...``, 
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES
 ,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``, or ``,socket=PATH`` of a vhost-user switch in
 place of a tap.
+Persistent memory: ``ID=/FILE``, then perhaps ``,ro``.
 A console port: ``NAME``, then perhaps ``,console``.
 A vsock device: ``auto`` or ``unix``, then ``,cid=N`` if it is to be a certain one.
 """
@@ -79,6 +80,15 @@ def parse_nic(text: str) -> dict[str, Any]:
             raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: {known}")
         nic[name] = _number(text, name, value) if name in {"mtu", "queues"} else value
     return nic
+
+
+def parse_pmem(text: str) -> dict[str, Any]:
+    """Return the fields of a PmemCreate."""
+    pmem_id, equals, rest = text.partition("=")
+    path, *options = rest.split(",")
+    if not (pmem_id and equals and path) or options not in ([], ["ro"]):
+        raise BadSpec(f"pmem {text!r}: write ID=/FILE or ID=/FILE,ro")
+    return {"id": pmem_id, "path": path, "read_only": bool(options)}
 
 
 def parse_port(text: str) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def show_vm(vm: Vm) -> None:
         *((f"disk {disk.id}", f"{_size(disk.size_bytes)}  {disk.path}") for disk in vm.disks),
         *((f"nic {nic.id}", f"{nic.mac}  {nic.tap}  {_text(nic.bridge)}") for nic in vm.nics),
         *([] if vm.vsock is None else [("vsock", f"cid {vm.vsock.cid}  {vm.vsock.path}")]),
+        *((f"pmem {pmem.id}", f"{_size(pmem.size_bytes)}  {pmem.path}") for pmem in vm.pmem),
         *((f"port {port.name}", port.path) for port in vm.ports),
         *([] if vm.watchdog is None else [("watchdog", vm.watchdog.action)]),
         *((f"label {key}", value) for key, value in vm.labels.items()),
@@ -118,7 +119,7 @@ def show_stats(stats: VmStats) -> None:
     """Print a VM's counters."""
     rows = [("memory", "rss_bytes", str(stats.memory_rss_bytes))]
     rows += [("vcpus", name, str(count)) for name, count in stats.vcpu_exits.items()]
-    devices = {**stats.disks, **stats.nics, **stats.ports, "vsock": stats.vsock}
+    devices = {**stats.disks, **stats.nics, **stats.pmem, **stats.ports, "vsock": stats.vsock}
     for device, counters in devices.items():
         rows += [(device, name, str(count)) for name, count in counters.items()]
     rows.append(("console", "dropped_bytes", str(stats.console_dropped_bytes)))

@@ -15,6 +15,7 @@ from .specs import (
     parse_disk,
     parse_label,
     parse_nic,
+    parse_pmem,
     parse_port,
     parse_share,
     parse_vsock,
@@ -61,6 +62,7 @@ Vsock = Annotated[
     typer.Option(metavar="BACKEND", help="A vsock device: auto or unix, then ,cid="),
 ]
 Ports = Annotated[list[str] | None, typer.Option(help="NAME, then perhaps ,console")]
+Pmems = Annotated[list[str] | None, typer.Option(help="ID=/FILE, then perhaps ,ro")]
 Watchdog = Annotated[
     str | None, typer.Option(help="A watchdog that does: reset, poweroff, pause or none.")
 ]
@@ -108,6 +110,7 @@ def create(
     nic: Nics = None,
     vsock: Vsock = None,
     port: Ports = None,
+    pmem: Pmems = None,
     watchdog: Watchdog = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE. Again for more.")] = None,
     no_rng: Annotated[bool, typer.Option("--no-rng", help="No virtio-rng device.")] = False,
@@ -138,6 +141,7 @@ def create(
         wanted["nics"] = [parse_nic(text) for text in nic or ()]
         wanted["vsock"] = None if vsock is None else parse_vsock(vsock)
         wanted["ports"] = [parse_port(text) for text in port or ()]
+        wanted["pmem"] = [parse_pmem(text) for text in pmem or ()]
         wanted["labels"] = dict(parse_label(text) for text in label or ())
         return VmCreate.model_validate(wanted)
 

@@ -55,6 +55,11 @@ Labels = Annotated[
     ],
     Field(description="Free key-value pairs, at most 32.", max_length=32),
 ]
+DeviceId = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,15}$"),
+    Field(description="Client-chosen id of a device, unique in its VM.", examples=["root"]),
+]
 HostPath = Annotated[
     str,
     StringConstraints(pattern=r"^/[^\x00]*$", max_length=4095),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from .common import HostPath, Request, Response
+from .common import DeviceId, HostPath, Request, Response
 
 # VIRTIO 1.2, 5.10.4: 0 to 2 and 0xffffffff have a meaning of their own.
 MIN_CID = 3
@@ -92,6 +92,25 @@ class Port(Response):
     path: str = Field(
         description="Of the Unix socket that programs of the host connect to while the VM runs."
     )
+
+
+class PmemCreate(Request):
+    """A file or block device of the host in the guest's memory: /dev/pmem0 and so on in Linux."""
+
+    id: DeviceId
+    path: HostPath
+    read_only: bool = Field(
+        default=False, description="What the guest writes then goes nowhere, and flushing fails."
+    )
+
+
+class Pmem(Response):
+    """A file that is persistent memory, as it is."""
+
+    id: str
+    path: str
+    read_only: bool
+    size_bytes: int
 
 
 class WatchdogCreate(Request):

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from .common import HostPath, Labels, Name, Ref, Request, Response, Timestamp
+from .common import DeviceId, HostPath, Labels, Name, Ref, Request, Response, Timestamp
 from .devices import (
+    Pmem,
+    PmemCreate,
     Port,
     PortCreate,
     Share,
@@ -26,6 +28,8 @@ MIN_MEMORY_MIB = 16
 MAX_MEMORY_MIB = 1024 * 1024
 # Linux's COMMAND_LINE_SIZE on x86 is 2048 with the terminating NUL.
 MAX_CMDLINE_BYTES = 2047
+# PCI slots that are left when every other device of a VM has its own.
+MAX_SHARES_AND_PMEM = 4
 # Names that a worker gives to devices which are not the client's to name.
 OWN_DEVICES = ("console0", "rng0", "vsock0")
 
@@ -34,11 +38,6 @@ Cmdline = Annotated[
     str,
     StringConstraints(pattern=r"^[\t -~]*$", max_length=MAX_CMDLINE_BYTES),
     Field(description="Kernel command line: printable ASCII, at most 2047 bytes."),
-]
-DeviceId = Annotated[
-    str,
-    StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,15}$"),
-    Field(description="Client-chosen id of a device, unique in its VM.", examples=["root"]),
 ]
 NbdUri = Annotated[
     str,
@@ -252,6 +251,9 @@ class VmCreate(Request):
         max_length=4,
         description="Served by virtiofsd; hosteld must run as root.",
     )
+    pmem: list[PmemCreate] = Field(
+        default_factory=list, max_length=4, description="With shares, at most 4."
+    )
     rng: bool = Field(default=True, description="Whether the guest has a virtio-rng device.")
     on_reboot: Literal["reset", "stop"] = Field(
         default="reset", description="What a guest's own reboot does."
@@ -271,7 +273,9 @@ class VmCreate(Request):
     @model_validator(mode="after")
     def _unique_devices(self) -> VmCreate:
         seen: set[str] = set()
-        for device_id in [*(d.id for d in self.disks), *(n.id for n in self.nics)]:
+        named: tuple[DiskCreate | NicCreate | PmemCreate, ...]
+        named = (*self.disks, *self.nics, *self.pmem)
+        for device_id in (device.id for device in named):
             if device_id in seen:
                 raise ValueError(f"device id {device_id!r} is used twice")
             if device_id in OWN_DEVICES:
@@ -279,6 +283,11 @@ class VmCreate(Request):
             seen.add(device_id)
         if len({share.tag for share in self.shares}) < len(self.shares):
             raise ValueError("a share's tag is used twice")
+        if len(self.shares) + len(self.pmem) > MAX_SHARES_AND_PMEM:
+            raise ValueError(
+                f"{len(self.shares)} shares and {len(self.pmem)} pmem: at most"
+                f" {MAX_SHARES_AND_PMEM} together, a PCI slot for each"
+            )
         if len({port.name for port in self.ports}) < len(self.ports):
             raise ValueError("a port's name is used twice")
         if sum(port.console for port in self.ports) > 1:
@@ -403,6 +412,7 @@ class Vm(Response):
     nics: list[Nic]
     vsock: Vsock | None
     shares: list[Share]
+    pmem: list[Pmem]
     ports: list[Port]
     rng: bool
     on_reboot: Literal["reset", "stop"]
@@ -450,6 +460,7 @@ class VmStats(Response):
     nics: dict[str, dict[str, int]]
     nic_details: dict[str, NicDetails] = Field(default_factory=dict)
     vsock: dict[str, int] = Field(default_factory=dict, description="Empty without a vsock device.")
+    pmem: dict[str, dict[str, int]] = Field(default_factory=dict)
     ports: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="Counters of each port, as the guest sees them."
     )

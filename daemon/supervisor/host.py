@@ -178,6 +178,7 @@ _DEVICE_KINDS: Final = {
     "nic": "Interface",
     "vsock": "vsock",
     "port": "Console port",
+    "pmem": "Persistent memory",
 }
 
 
@@ -234,6 +235,7 @@ def _devices(kind: str, text: str, stats: list[tuple[str, VmStats]]) -> Metric:
             "nic": one.nics,
             "vsock": {"vsock0": one.vsock},
             "port": one.ports,
+            "pmem": one.pmem,
         }[kind]
         for device, counters in devices.items():
             for counter, count in counters.items():

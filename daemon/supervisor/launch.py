@@ -16,14 +16,25 @@ from typing import Final, Self
 
 from api.errors import ApiError, HostFailure, Internal
 
-from ..protocol import DiskSpec, MachineSpec, NicSpec, NicWishes, PortSpec, ShareSpec, VsockSpec
+from ..protocol import (
+    DiskSpec,
+    MachineSpec,
+    NicSpec,
+    NicWishes,
+    PmemSpec,
+    PortSpec,
+    ShareSpec,
+    VsockSpec,
+)
 from .backends import Backends, connect_switch
 from .disks import open_locked
+from .pmem import open_pmem
 from .ports import open_ports
 from .records import (
     DiskRecord,
     KernelRecord,
     NicRecord,
+    PmemRecord,
     PortRecord,
     ShareRecord,
     VmRecord,
@@ -129,6 +140,7 @@ async def prepare(
         shares=tuple(shares),
         watchdog=record.watchdog,
         ports=await _open_ports(record.ports, bag),
+        pmem=tuple([await _open_pmem(pmem, n, bag) for n, pmem in enumerate(record.pmem)]),
     )
 
 
@@ -195,6 +207,13 @@ async def _open_vsock(vsock: VsockRecord | None, bag: FdBag) -> VsockSpec | None
         return None
     fds = await _in_thread(bag, partial(open_vsock, vsock))
     return VsockSpec(vsock.cid, fds, SOCKET_NAME)
+
+
+async def _open_pmem(pmem: PmemRecord, index: int, bag: FdBag) -> PmemSpec:
+    (fd,) = await _in_thread(bag, lambda: [open_pmem(pmem, index)])
+    # It may have another size by now.
+    size_bytes = os.lseek(bag.fds[fd - bag.first], 0, os.SEEK_END)
+    return PmemSpec(pmem.id, fd, size_bytes, pmem.read_only)
 
 
 async def _open_ports(ports: Sequence[PortRecord], bag: FdBag) -> tuple[PortSpec, ...]:

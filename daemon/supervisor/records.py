@@ -137,6 +137,16 @@ class VsockRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PmemRecord:
+    """A file or block device that a VM has as persistent memory."""
+
+    id: str
+    path: str
+    read_only: bool
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PortRecord:
     """A port of a VM's console device; ``path`` is that of its socket while the VM runs."""
 
@@ -190,6 +200,7 @@ class VmRecord:
     # How many errors of each disk's file in the worker's life have been told.
     disk_errors: dict[str, int] = field(default_factory=dict)
     ports: tuple[PortRecord, ...] = ()
+    pmem: tuple[PmemRecord, ...] = ()
 
     def encode(self) -> str:
         """Return the record as JSON text."""
@@ -221,6 +232,7 @@ class VmRecord:
             for slot, nic in zip(NIC_SLOTS, doc["nics"], strict=False)
         )
         doc["shares"] = tuple(ShareRecord(**share) for share in doc.get("shares", ()))
+        doc["pmem"] = tuple(PmemRecord(**pmem) for pmem in doc.get("pmem", ()))
         doc["ports"] = tuple(PortRecord(**port) for port in doc.get("ports", ()))
         return cls(**doc)
 

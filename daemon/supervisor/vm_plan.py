@@ -32,7 +32,7 @@ from api.models.vms import (
 )
 
 from ..protocol import DISK_SLOTS, NIC_SLOTS
-from . import backend_tools, disks, lifecycle, procfs, taps
+from . import backend_tools, disks, lifecycle, pmem, procfs, taps
 from .backends import Backends
 from .dirs import Layout
 from .launch import MIB
@@ -42,6 +42,7 @@ from .records import (
     DiskRecord,
     IoEngine,
     NicRecord,
+    PmemRecord,
     PortRecord,
     ShareRecord,
     VmRecord,
@@ -99,6 +100,7 @@ class Planner:
             rng=request.rng,
             on_reboot=request.on_reboot,
             on_panic=request.on_panic,
+            pmem=await self._plan_pmem(request),
             ports=self._plan_ports(vm_id, request.ports),
             watchdog=None if request.watchdog is None else request.watchdog.action,
             labels=request.labels,
@@ -279,6 +281,21 @@ class Planner:
                     field=field,
                 )
         return tuple(ShareRecord(share.tag, share.path, share.read_only) for share in wanted)
+
+    async def _plan_pmem(self, request: VmCreate) -> tuple[PmemRecord, ...]:
+        records = []
+        paths = [disk.path for disk in request.disks if disk.path is not None]
+        for index, wanted in enumerate(request.pmem):
+            field = f"pmem.{index}.path"
+            look = partial(pmem.measure, wanted.path, field, read_only=wanted.read_only)
+            size_bytes = await asyncio.to_thread(look)
+            self._check_foreign(wanted.path, field)
+            for other in paths:
+                if await asyncio.to_thread(_is_same_file, other, wanted.path):
+                    raise Invalid("pmem_twice", f"{wanted.path} is used twice", field=field)
+            paths.append(wanted.path)
+            records.append(PmemRecord(wanted.id, wanted.path, wanted.read_only, size_bytes))
+        return tuple(records)
 
     def _check_foreign(self, path: str, field: str) -> None:
         """Refuse hosteld's own files, by whatever path: the database, images, other VMs' disks."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.devices import Port, Share, Vsock, Watchdog
+from api.models.devices import Pmem, Port, Share, Vsock, Watchdog
 from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm
 from api.ports import ListQuery
 
@@ -351,6 +351,7 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
         nics=[_nic(nic, record.vcpus) for nic in record.nics],
         vsock=None if vsock is None else Vsock(**asdict(vsock)),
         shares=[Share(**asdict(share)) for share in record.shares],
+        pmem=[Pmem(**asdict(pmem)) for pmem in record.pmem],
         ports=[Port(**asdict(port)) for port in record.ports],
         rng=record.rng,
         on_reboot=record.on_reboot,

@@ -15,6 +15,7 @@ from devices.virtio.blk import VirtioBlk
 from devices.virtio.console import PortConfig, VirtioConsole
 from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
+from devices.virtio.pmem import VirtioPmem
 from devices.virtio.rng import VirtioRng
 from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserFs, VhostUserNet
 from devices.virtio.vsock import VirtioVsock
@@ -30,10 +31,12 @@ from ..protocol import (
     DiskSpec,
     MachineSpec,
     NicSpec,
+    PmemSpec,
     PortSpec,
     ShareSpec,
     VsockSpec,
 )
+from . import layout
 from .backends import Backends
 
 _RELEASED: Final = -1
@@ -118,6 +121,9 @@ def virtio_devices(
             yield partial(_make_nic, nic), nic_fds, where
     for share in spec.shares:
         yield partial(_make_vhost_user_fs, share, fds), (), OTHER_SLOTS
+    gpas = layout.pmem_gpas(spec.memory_bytes, [pmem.size_bytes for pmem in spec.pmem])
+    for pmem, gpa in zip(spec.pmem, gpas, strict=True):
+        yield partial(_make_pmem, pmem, gpa), (fds[pmem.fd],), OTHER_SLOTS
     if spec.vsock is not None:
         vsock = spec.vsock
         yield partial(_make_vsock, vsock), tuple(fds[i] for i in vsock.fds), OTHER_SLOTS
@@ -164,6 +170,12 @@ def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
 
 def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
     return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
+
+
+def _make_pmem(pmem: PmemSpec, gpa: int, fds: list[int]) -> VirtioPmem:
+    return VirtioPmem(
+        pmem.id, fds[0], gpa=gpa, size_bytes=pmem.size_bytes, is_read_only=pmem.read_only
+    )
 
 
 def _make_console(ports: tuple[PortSpec, ...], fds: list[int]) -> VirtioConsole:

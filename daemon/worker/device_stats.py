@@ -11,6 +11,7 @@ from devices.virtio.blk import VirtioBlk
 from devices.virtio.console import VirtioConsole
 from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
+from devices.virtio.pmem import VirtioPmem
 from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserNet
 from devices.virtio.vsock import VirtioVsock
 
@@ -19,12 +20,14 @@ _KINDS: Final[dict[type[VirtioDevice], str]] = {
     VhostUserBlk: "disks",
     VirtioNet: "nics",
     VhostUserNet: "nics",
+    VirtioPmem: "pmem",
 }
 
 
 def device_stats(devices: Iterable[VirtioDevice]) -> dict[str, Any]:
     """Return counters as the fields of api/models/vms.py's VmStats; any thread."""
-    stats: dict[str, Any] = {"disks": {}, "nics": {}, "disk_details": {}, "nic_details": {}}
+    groups = ("disks", "nics", "pmem", "disk_details", "nic_details")
+    stats: dict[str, Any] = {name: {} for name in groups}
     for device in devices:
         if kind := _KINDS.get(type(device)):
             stats[kind][device.name] = device.stats()

@@ -8,6 +8,7 @@ from 0 to LOW_RAM_LIMIT and goes on at HIGH_RAM_START; what lies between is for 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 GIB: Final = 1 << 30
@@ -66,8 +67,27 @@ def ram_regions(memory_bytes: int) -> tuple[RamRegion, ...]:
     return tuple(regions)
 
 
-def pci_mmio64_start(memory_bytes: int) -> int:
-    """Return where the 64-bit BAR window starts: the first multiple of its size above RAM."""
+def pmem_gpas(memory_bytes: int, sizes: Sequence[int]) -> list[int]:
+    """Return where persistent memory of such sizes goes: above RAM, each at a whole GiB."""
+    gpas: list[int] = []
+    end = _ram_end(memory_bytes)
+    for size_bytes in sizes:
+        gpas.append(_aligned(end, GIB))
+        end = gpas[-1] + size_bytes
+    return gpas
+
+
+def pci_mmio64_start(memory_bytes: int, pmem_sizes: Sequence[int] = ()) -> int:
+    """Return where the 64-bit BAR window starts: the first multiple of its size above memory."""
+    gpas = pmem_gpas(memory_bytes, pmem_sizes)
+    end = gpas[-1] + pmem_sizes[-1] if gpas else _ram_end(memory_bytes)
+    return _aligned(end, PCI_MMIO64_BYTES)
+
+
+def _ram_end(memory_bytes: int) -> int:
     last = ram_regions(memory_bytes)[-1]
-    end = max(last.gpa + last.size_bytes, HIGH_RAM_START)
-    return -(-end // PCI_MMIO64_BYTES) * PCI_MMIO64_BYTES
+    return max(last.gpa + last.size_bytes, HIGH_RAM_START)
+
+
+def _aligned(gpa: int, size_bytes: int) -> int:
+    return -(-gpa // size_bytes) * size_bytes

@@ -50,6 +50,7 @@ from ..protocol import MachineSpec, NicWishes
 from . import boot, layout
 from .device_makers import MachineFds, make_with_copies, virtio_devices
 from .device_stats import device_stats
+from .pmem import add_memory
 from .slots import VirtioSlots
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
@@ -132,7 +133,7 @@ class Machine:
         stack.callback(memory.close)
         # All memslots before the irqchip and the first vCPU: after either, each costs an SRCU
         # grace period of some milliseconds.
-        vm.add_guest_memory(memory)
+        add_memory(vm, memory, spec, fds, stack)
         vm.set_tss_address(Gpa(layout.TSS_GPA))
         vm.set_identity_map_address(Gpa(layout.IDENTITY_MAP_GPA))
         vm.create_irqchip()
@@ -184,7 +185,8 @@ class Machine:
             ecam=AddressWindow(layout.ECAM_GPA, layout.ECAM_BYTES),
             pci_window_32=AddressWindow(layout.PCI_MMIO32_START, layout.PCI_MMIO32_BYTES),
             pci_window_64=AddressWindow(
-                layout.pci_mmio64_start(spec.memory_bytes), layout.PCI_MMIO64_BYTES
+                layout.pci_mmio64_start(spec.memory_bytes, [p.size_bytes for p in spec.pmem]),
+                layout.PCI_MMIO64_BYTES,
             ),
             rsdp_gpa=layout.ACPI_GPA,
             tables_end=layout.ACPI_LIMIT,

@@ -20,6 +20,7 @@ VIRTIO_ID_CONSOLE: Final = 3
 VIRTIO_ID_RNG: Final = 4
 VIRTIO_ID_VSOCK: Final = 19
 VIRTIO_ID_FS: Final = 26
+VIRTIO_ID_PMEM: Final = 27
 
 # 2.1 Device Status Field.
 STATUS_ACKNOWLEDGE: Final = 0x01

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from api.errors import ApiError, Busy, Conflict, Invalid, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.devices import Port, Vsock
+from api.models.devices import Pmem, Port, Vsock
 from api.models.resources import (
     Check,
     Event,
@@ -199,6 +199,7 @@ class FakeService:
             else Vsock(
                 cid=request.vsock.cid or 1000, backend="unix", path="/run/hostel/vsock/1/v.sock"
             ),
+            pmem=[Pmem(**pmem.model_dump(), size_bytes=2 << 20) for pmem in request.pmem],
             ports=[
                 Port(**port.model_dump(), path=f"/run/hostel/vms/1/ports/{port.name}")
                 for port in request.ports
@@ -208,7 +209,7 @@ class FakeService:
             created_at=EPOCH,
             started_at=EPOCH if request.start else None,
             version=1,
-            **request.model_dump(exclude={"disks", "nics", "vsock", "ports", "start"}),
+            **request.model_dump(exclude={"disks", "nics", "vsock", "ports", "pmem", "start"}),
         )
         self.vms[vm.id] = vm
         self.consoles[vm.id], self.typed[vm.id] = bytearray(), bytearray()

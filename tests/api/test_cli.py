@@ -68,6 +68,18 @@ def test_a_vsock_device_is_asked_for_and_shown(cli: Cli) -> None:
     assert "cid 7  /run/hostel/vsock/1/v.sock" in cli.run("vm", "show", "web-1").stdout
 
 
+def test_persistent_memory_is_asked_for_and_shown(cli: Cli) -> None:
+    pmem = ("--pmem", "data=/srv/data", "--pmem", "fixed=/srv/fixed,ro")
+    cli.run("vm", "create", "web-1", "--kernel", "debian", *pmem)
+    shown = cli.json("vm", "show", "web-1")["pmem"]
+    assert [(p["path"], p["read_only"]) for p in shown] == [
+        ("/srv/data", False),
+        ("/srv/fixed", True),
+    ]
+    assert "2.0 MiB  /srv/data" in cli.run("vm", "show", "web-1").stdout
+    cli.run("vm", "create", "web-2", "--kernel", "debian", "--pmem", "/srv/data", code=2)
+
+
 def test_ports_are_asked_for_and_shown(cli: Cli) -> None:
     ports = ("--port", "tty,console", "--port", "agent")
     cli.run("vm", "create", "web-1", "--kernel", "debian", *ports)

@@ -77,6 +77,14 @@ def refuse(api: Api, body: dict[str, Any]) -> dict[str, Any]:
             None,
             "only one port is the console",
         ),
+        (
+            {
+                "shares": [{"tag": f"t{n}", "path": "/srv"} for n in range(3)],
+                "pmem": [{"id": f"p{n}", "path": "/p"} for n in range(2)],
+            },
+            None,
+            "3 shares and 2 pmem: at most 4 together, a PCI slot for each",
+        ),
         ({"ports": [{"name": "a"}, {"name": "a"}]}, None, "a port's name is used twice"),
         ({"vsock": {"cid": 2}}, "vsock.cid", "vsock.cid=2: must be 3..4294967294"),
         ({"nics": [{"id": "net0", "mtu": 1}]}, "nics.0.mtu", "nics.0.mtu=1: must be 68..65535"),

@@ -355,7 +355,7 @@ def _send_memory(talk: Conversation, memory: GuestMemory) -> None:
         for region in regions
     )
     payload = wire.MEM_TABLE.pack(len(regions)) + table
-    talk.tell(wire.SET_MEM_TABLE, payload, [memory.fd] * len(regions))
+    talk.tell(wire.SET_MEM_TABLE, payload, [region.fd for region in regions])
 
 
 def _used_indices(activation: Activation) -> dict[int, int]:

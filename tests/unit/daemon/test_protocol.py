@@ -21,6 +21,7 @@ from daemon.protocol import (
     MachineSpec,
     NicSpec,
     NicWishes,
+    PmemSpec,
     PortSpec,
     Status,
     VsockSpec,
@@ -48,6 +49,7 @@ SPEC = MachineSpec(
     vsock=VsockSpec(1000, (4, 5), "v.sock"),
     watchdog="reset",
     ports=(PortSpec("tty", True, 6),),
+    pmem=(PmemSpec("data", 7, 2 << 20, False),),
 )
 
 

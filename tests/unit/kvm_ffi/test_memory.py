@@ -13,7 +13,7 @@ import pytest
 
 from kvm_ffi._kvm import ffi, lib
 from kvm_ffi.errors import BadGuestAddress
-from kvm_ffi.memory import MAX_REGIONS, GuestMemory
+from kvm_ffi.memory import MAX_REGIONS, GuestMemory, ReadOnlyMapping
 from kvm_ffi.types import Gpa
 
 PAGE = 4096
@@ -190,3 +190,32 @@ def test_after_close_every_access_is_refused() -> None:
 def test_the_c_structs_have_the_layout_that_python_believes() -> None:
     assert ffi.sizeof("struct guest_region") == 24
     assert ffi.sizeof("struct guest_mem") == 8 + 24 * lib.GUEST_MEM_MAX_REGIONS
+
+
+def test_file_is_a_region_behind_ram(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * PAGE))
+    fd = os.open(path, os.O_RDWR)
+    with GuestMemory([(Gpa(0), PAGE)]) as memory:
+        memory.add_file(Gpa(8 * PAGE), 2 * PAGE, fd)
+        memory.write(Gpa(9 * PAGE), b"kept")
+        assert (memory.regions[1].gpa, memory.regions[1].fd) == (8 * PAGE, fd)
+        with pytest.raises(ValueError, match="overlaps"):
+            memory.add_file(Gpa(9 * PAGE), PAGE, fd)
+        with pytest.raises(BadGuestAddress):
+            memory.read(Gpa(10 * PAGE), 1)
+    assert path.read_bytes()[PAGE:][:4] == b"kept"
+    os.close(fd)
+
+
+def test_read_only_file_is_mapped_for_reading_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"fixed".ljust(PAGE, b"."))
+    fd = os.open(path, os.O_RDONLY)
+    mapping = ReadOnlyMapping(fd, PAGE)
+    assert ffi.buffer(ffi.cast("char *", mapping.hva), 5)[:] == b"fixed"
+    (line,) = (m for m in Path("/proc/self/maps").read_text().splitlines() if str(path) in m)
+    assert line.split()[1] == "r--s"
+    mapping.close()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    os.close(fd)

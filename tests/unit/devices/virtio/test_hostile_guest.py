@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import struct
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from devices.virtio.blk import VirtioBlk
+from devices.virtio.console import PortConfig, VirtioConsole
+from devices.virtio.pmem import VirtioPmem
 from devices.virtio.rng import VirtioRng
 
 if TYPE_CHECKING:
@@ -166,6 +169,47 @@ def test_garbage_leaves_a_disk_whose_engine_starts_again(
         put_back(machine)
         assert machine.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
         machine.set_status(0)
+    finally:
+        logging.disable(logging.NOTSET)
+        machine.close()
+    assert (vm.irqfds, vm.ioeventfds, router.allocated) == (set(), {}, set())
+
+
+def a_console(_: Path) -> VirtioDevice:
+    listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    for listener in listeners:
+        listener.bind("")  # a name of the kernel's choice
+        listener.listen(1)
+    ports = [PortConfig("tty", True), PortConfig("agent", False)]
+    return VirtioConsole(ports, [listener.detach() for listener in listeners])
+
+
+def some_pmem(directory: Path) -> VirtioDevice:
+    fd = os.open(directory / "file", os.O_RDWR | os.O_CREAT)
+    return VirtioPmem("data", fd, gpa=1 << 32, size_bytes=2 << 20, is_read_only=False)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
+)
+@given(log=steps)
+@pytest.mark.parametrize("make_device", [a_console, some_pmem])
+def test_garbage_leaves_a_device_that_starts_again(
+    make_machine: Callable[[VirtioDevice], Machine],
+    make_device: Callable[[Path], VirtioDevice],
+    tmp_path: Path,
+    vm: FakeVm,
+    router: FakeRouter,
+    log: list[Step],
+) -> None:
+    logging.disable(logging.CRITICAL)
+    machine = make_machine(make_device(tmp_path))
+    try:
+        for step in log:
+            perform(machine, step)
+            check_balance(machine, vm)
+        put_back(machine)
+        assert machine.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
     finally:
         logging.disable(logging.NOTSET)
         machine.close()

@@ -22,7 +22,7 @@ SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What the build and the tests use of Debian: a compiler and headers, the lab, fuzzing, style.
 APT    := gcc libc6-dev linux-libc-dev python3-dev python3-venv curl iproute2 kmod cpio \
           busybox-static squashfs-tools e2fsprogs btrfs-progs qemu-system-x86 \
-          qemu-system-common dmsetup clang libclang-rt-14-dev clang-format shellcheck acpica-tools
+          qemu-system-common dmsetup nbdkit clang libclang-rt-14-dev clang-format shellcheck acpica-tools
 
 .PHONY: demo serve test check bench fuzz soak lab fmt setup build guest clean \
         test-style test-unit test-api test-fuzz test-kvm test-guest

@@ -107,11 +107,12 @@ def disk_kernel() -> bytes:
 
 
 class DiskGuest:
-    """A VM that runs it, on a disk with id "root"."""
+    """A VM that runs it, on a disk with id "root": a file, or what the options say."""
 
-    def __init__(self, hostel: Hostel, path: Path, **how: object) -> None:
+    def __init__(self, hostel: Hostel, path: Path | None = None, **how: object) -> None:
         self.hostel = hostel
-        self.name = hostel.run(disk_kernel(), disks=[{"id": "root", "path": str(path), **how}])
+        disk = {"id": "root", **({} if path is None else {"path": str(path)}), **how}
+        self.name = hostel.run(disk_kernel(), disks=[disk])
         self._starts = 1
         self.follow()
 

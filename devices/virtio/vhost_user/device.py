@@ -32,6 +32,7 @@ from devices.virtio.ids import (
     VIRTIO_NET_OFFLOADS,
     VIRTIO_NET_S_LINK_UP,
 )
+from kvm_ffi.eventfd import EventFd
 from kvm_ffi.types import Gpa
 
 from . import wire
@@ -251,10 +252,11 @@ class VhostUserDevice(VirtioDevice):
         addresses = (queue.desc_gpa, queue.used_gpa, queue.avail_gpa)
         talk.tell(wire.SET_VRING_ADDR, wire.VRING_ADDR.pack(index, 0, *addresses, 0))
         talk.tell(wire.SET_VRING_ERR, wire.U64.pack(index), [activation.fault.fd])
-        if enabled.irq is None:
-            talk.tell(wire.SET_VRING_CALL, wire.U64.pack(index | wire.VRING_NO_FD))
-        else:
-            talk.tell(wire.SET_VRING_CALL, wire.U64.pack(index), [enabled.irq.fd])
+        # To a driver that polls, one that nobody hears: libvhost-user ends over having none, unless
+        # the driver suppresses interrupts too, and a guest is not to end its back end.
+        with EventFd() as unheard:
+            call = enabled.irq or unheard
+            talk.tell(wire.SET_VRING_CALL, wire.U64.pack(index), [call.fd])
         talk.tell(wire.SET_VRING_KICK, wire.U64.pack(index), [enabled.kick.fd])
 
     def _stop(self, activation: Activation, timeout_s: float) -> dict[int, int]:

@@ -71,7 +71,6 @@ MAX_CONFIG_BYTES: Final = 256
 INFLIGHT: Final = struct.Struct("<QQHH")  # bytes, offset, queues, entries of a queue
 # libvhost-user takes the structure with the padding of a C compiler, and nothing else.
 INFLIGHT_PADDING: Final = bytes(4)
-VRING_NO_FD: Final = 1 << 8  # in the payload of SET_VRING_CALL and its like
 VRING_INDEX_MASK: Final = 0xFF
 
 # The largest that a back end may send: a config space. So no length of its own sizes a buffer.

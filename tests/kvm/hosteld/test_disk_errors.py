@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -53,6 +54,25 @@ def device(directory: Path) -> Iterator[tuple[Path, Path]]:
     run("losetup", "--detach", device)
 
 
+@pytest.fixture
+def network_disk(directory: Path) -> Iterator[tuple[str, Path]]:
+    """The address of a network block device, and the file whose presence makes it fail."""
+    if shutil.which("nbdkit") is None:
+        pytest.skip("nbdkit is not installed")
+    sock, switch = directory / "nbd.sock", directory / "errors"
+    command = ["setpriv", "--pdeathsig", "KILL", "nbdkit", "-f", "-U", str(sock)]
+    command += ["--filter=error", "memory", "1M"]
+    command += ["error=EIO", "error-rate=100%", f"error-file={switch}"]
+    with subprocess.Popen(command) as nbdkit:
+        deadline = time.monotonic() + 30
+        while not sock.exists():
+            assert nbdkit.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield f"nbd+unix:///?socket={sock}", switch
+        nbdkit.kill()
+
+
 def statuses(answers: list[str]) -> str:
     return "".join(answer[0] for answer in answers)
 
@@ -97,6 +117,21 @@ def test_a_device_that_fails_is_told_by_the_name_of_its_error(
     assert wait_events(guest, 1) == [{"disk": "root", "error": "EIO", "count": 1}]
     os.truncate(below, MIB)
     assert statuses(guest.ask("b")) == OK
+    guest.delete()
+
+
+def test_errors_of_a_network_disk_are_the_guests_alone(
+    own_hostel: Hostel, network_disk: tuple[str, Path]
+) -> None:
+    address, switch = network_disk
+    guest = DiskGuest(own_hostel, nbd=address)
+    assert statuses(guest.ask("Aa")) == OK * 2
+    switch.touch()
+    assert statuses(guest.ask("AaBb")) == IOERR * 4
+    switch.unlink()
+    assert guest.ask("a") == [OK + "w1"]
+    assert guest.events("vm.backend_lost") == []
+    assert own_hostel.api.vm(guest.name)["reason"] is None
     guest.delete()
 
 

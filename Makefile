@@ -54,7 +54,9 @@ kvm_ffi/_kvm.abi3.so: $(wildcard kvm_ffi/*.cdef kvm_ffi/csrc/*.[ch]) kvm_ffi/bui
 	@$(BIN)/python setup.py -q build_ext --inplace --force
 	@touch $@
 
+# Compiled here, once: in the lab hosteld would take minutes to do it at each of its starts.
 build: kvm_ffi/_kvm.abi3.so
+	@$(BIN)/python -m compileall -q api daemon devices kvm_ffi lab bench tests
 
 # --- tests, the fast tiers first
 

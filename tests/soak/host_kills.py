@@ -76,22 +76,29 @@ def run_rounds(path: Path, rounds: int) -> None:
 
 
 def run_and_kill(path: Path, first: int, after_s: float) -> int:
-    """Boot a host, let its guest stamp for a while, kill the host; the last stamp told."""
+    """Boot a host, let its guest stamp for a while, kill the host; the last stamp told.
+
+    Raises:
+        RuntimeError: the guest told of none.
+    """
     inside = [sys.executable, "-m", "tests.soak.host_kills", "--inside", str(first)]
     command = lab_command(inside, ["-c", "1", "--disk", str(path)])
-    text = ""
+    text, killer = "", None
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as lab:
         assert lab.stdout is not None
         watchdog = threading.Timer(BOOT_LIMIT_S, lab.kill)
         watchdog.start()
         for line in lab.stdout:
-            if not text and LINE.match(line):
+            if killer is None and LINE.match(line):
                 watchdog.cancel()
-                threading.Timer(after_s, kill_host, (lab.pid,)).start()
+                killer = threading.Timer(after_s, kill_host, (lab.pid,))
+                killer.start()
             text += line
         watchdog.cancel()
+    if killer is None:
+        raise RuntimeError(f"the guest stamped nothing: {text[-2000:]}")
     return last_told(text)
 
 

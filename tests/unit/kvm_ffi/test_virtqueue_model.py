@@ -145,9 +145,7 @@ def memory() -> Iterator[GuestMemory]:
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.sampled_from((1, 2, 4, 8)),
     event_idx=st.booleans(),

@@ -23,7 +23,7 @@ from tests.support.kernels import (
 )
 
 # How fast the machine is decides nothing.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED = settings(suppress_health_check=[HealthCheck.too_slow])
 KERNEL = elf() + b"relocations" * 100
 SMALL = elf(body=b"\xf4" * 512)
 

@@ -24,7 +24,7 @@ from tests.support.kernels import (
 )
 
 # How fast the machine is decides nothing.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED = settings(suppress_health_check=[HealthCheck.too_slow])
 SMALL = b"\xf4" * 64
 SMALL_ELF = elf(body=SMALL, notes=pvh_note())
 

@@ -121,7 +121,7 @@ def put_back(machine: Machine) -> None:
     machine.start()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps)
 def test_garbage_leaves_an_rng_that_can_be_started_again(
     make_machine: Callable[[VirtioDevice], Machine],
@@ -147,9 +147,7 @@ def test_garbage_leaves_an_rng_that_can_be_started_again(
     assert (vm.irqfds, vm.ioeventfds, router.allocated) == (set(), {}, set())
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(steps)
 def test_garbage_leaves_a_disk_whose_engine_starts_again(
     make_machine: Callable[[VirtioDevice], Machine],

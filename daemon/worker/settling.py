@@ -15,8 +15,10 @@ log = logging.getLogger(__name__)
 
 # By then a guest has booted, and what that took of the worker is not needed again.
 SETTLE_AFTER_S: Final = 30.0
-# Each stops the guest for 10 ms at most, and comes a second later than the one before.
-MAX_ATTEMPTS: Final = 10
+# Each stops the guest for 10 ms at most and goes on where the last one stopped: one is enough on a
+# fast host, an emulated one takes some tens.
+MAX_ATTEMPTS: Final = 100
+AGAIN_AFTER_S: Final = 2.0
 
 
 class Settling:
@@ -49,7 +51,7 @@ class Settling:
             self._image.give_back()
         except (BlockingIOError, TimeoutError) as err:
             if self._attempts < MAX_ATTEMPTS:
-                self.due = time.monotonic() + self._attempts
+                self.due = time.monotonic() + AGAIN_AFTER_S
                 return
             log.info("memory not shared again: %s", err)
         except OSError as err:

@@ -17,6 +17,8 @@ import pytest
 
 from devices.virtio import pmem as pmem_module
 from devices.virtio.pmem import VirtioPmem
+from devices.virtio.rng import VirtioRng
+from kvm_ffi.types import Gpa
 
 if TYPE_CHECKING:
     from tests.unit.devices.virtio.conftest import Machine, MachineFactory
@@ -206,3 +208,21 @@ def test_malformed_request_ends_the_device(
     rig.ask(0, kind=kind, room=room)
     rig.machine.loop.dispatch()
     assert rig.machine.status & NEEDS_RESET
+
+
+def test_other_devices_of_the_guest_can_write_to_it(
+    make_machine: MachineFactory, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(SIZE_BYTES))
+    fd = os.open(file, os.O_RDWR)
+    machine = make_machine(VirtioRng())
+    machine.memory.add_file(Gpa(GPA), SIZE_BYTES, fd)
+    machine.start()
+    machine.post(0, [(GPA + SIZE_BYTES - 64, 64, True)])
+    machine.kick(0)
+    machine.loop.dispatch()
+    assert machine.used(0) == [(0, 64)]
+    assert file.read_bytes()[-64:] != bytes(64)
+    machine.close()
+    os.close(fd)

@@ -68,14 +68,16 @@ def test_guest_finds_its_ports_by_their_names(linux: LinuxGuest) -> None:
 
 def test_shell_on_the_terminal_answers_the_host(linux: LinuxGuest) -> None:
     with connect(linux, "tty") as program:
-        linux.ask("setsid sh -c 'exec sh -i < /dev/hvc0 > /dev/hvc0 2>&1' &")
+        # Not the terminal's own session: the end of one hangs up on whoever writes there then.
+        linux.ask("setsid sh -c 'sh -i < /dev/hvc0 > /dev/hvc0 2>&1; touch /tmp/left' &")
         program.sendall(b"echo $((6 * 7)) from $(tty)\n")
         assert b"42 from /dev/hvc0" in read_until(program, b"42 from")
         program.sendall(b"exit\n")
+        linux.ask("while [ ! -e /tmp/left ]; do sleep 0.1; done")
 
 
 def test_terminal_that_nobody_reads_does_not_hold_the_guest_up(linux: LinuxGuest) -> None:
-    linux.ask("seq 3000 > /dev/hvc0; echo the last line > /dev/hvc0")
+    linux.ask("seq 3000 > /dev/hvc0 && echo the last line > /dev/hvc0")
     with connect(linux, "tty") as program:
         told = read_until(program, b"the last line")
     assert b"2999\r\n3000\r\n" in told

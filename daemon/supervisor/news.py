@@ -73,24 +73,31 @@ def take_over(entry: VmEntry, status: Status) -> tuple[dict[str, Any], list[NewE
         entry.event(f"{kind_of(device)}_detached", **{kind_of(device): device.id})
         for device in lost
     ]
-    for disk in _exchanged(changes.get("disks", record.disks), status):
-        disks = changes.get("disks", record.disks)
-        fresh = disk.with_other()
-        changes["disks"] = tuple(fresh if other is disk else other for other in disks)
-        if fresh.swaps > disk.swaps:
-            events.append(entry.event("disk_swapped", disk=disk.id, path=fresh.path))
-    return changes, events
+    disks = changes.get("disks", record.disks)
+    exchanged, swapped = _exchange(entry, disks, status)
+    if exchanged != disks:
+        changes["disks"] = exchanged
+    return changes, [*events, *swapped]
 
 
-def _exchanged(disks: Collection[DiskRecord], status: Status) -> list[DiskRecord]:
-    """Return the disks whose worker has the other file than the record.
+def _exchange(
+    entry: VmEntry, disks: tuple[DiskRecord, ...], status: Status
+) -> tuple[tuple[DiskRecord, ...], list[NewEvent]]:
+    """Return the disks with the files that their worker uses, and events about these.
 
     It may have taken one after hosteld gave up on it, or not taken one that was in the record
     before it was asked.
     """
-    return [
-        disk for disk in disks if disk.other and status.swaps.get(disk.id) == disk.other["swaps"]
-    ]
+    events: list[NewEvent] = []
+    exchanged: list[DiskRecord] = []
+    for disk in disks:
+        fresh = disk
+        if disk.other and status.swaps.get(disk.id) == disk.other["swaps"]:
+            fresh = disk.with_other()
+            if fresh.swaps > disk.swaps:
+                events.append(entry.event("disk_swapped", disk=disk.id, path=fresh.path))
+        exchanged.append(fresh)
+    return tuple(exchanged), events
 
 
 def kind_of(device: DiskRecord | NicRecord) -> str:
@@ -110,6 +117,17 @@ def news(record: VmRecord, status: Status) -> dict[str, Any]:
     if _differs(told, known) and state is not None:
         changes["reason"] = told
     return changes
+
+
+def last_told(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict[str, Any]]:
+    """Return what a worker that has ended had noted: as counted(), and the files that it used."""
+    events, changes = counted(entry, status)
+    if status is not None:
+        exchanged, swapped = _exchange(entry, entry.record.disks, status)
+        events += swapped
+        if exchanged != entry.record.disks:
+            changes["disks"] = exchanged
+    return events, changes
 
 
 def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict[str, Any]]:

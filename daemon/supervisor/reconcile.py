@@ -25,7 +25,7 @@ from ..errors import WorkerError
 from . import lifecycle, procfs, vsock
 from .dirs import Layout
 from .endings import judge
-from .news import counted
+from .news import last_told
 from .records import ReasonRecord, now
 from .store import Statement, Store, StoreFull
 from .tasks import Tasks
@@ -212,7 +212,7 @@ class Reconciler:
         code = None if why is None else why.code
         kind = "stopped" if state is VmState.STOPPED else "crashed"
         log.warning("worker had ended vm=%s state=%s reason=%s", entry.record.name, state, code)
-        events, changes = counted(entry, None if ending is None else ending.last_words)
+        events, changes = last_told(entry, None if ending is None else ending.last_words)
         events.append(entry.event(kind, reason=code))
         await self._table.record(entry, *events, state=state, reason=why, **changes)
         self._report.ended.append(entry.record.name)

@@ -14,7 +14,7 @@ import contextlib
 import os
 from dataclasses import replace
 
-from api.errors import ApiError, Conflict, Invalid
+from api.errors import ApiError, Conflict, HostFailure, Invalid
 from api.models.vms import VmState
 
 from . import lifecycle
@@ -44,14 +44,19 @@ class Swapper:
             ApiError: the VM's state does not allow it, the disk is no raw one used by path, or the
                 file is missing, in use or not fit; the disk keeps the file that it has.
         """
-        record = entry.record
-        lifecycle.check_swap(record.name, record.state)
+        lifecycle.check_swap(entry.record.name, entry.record.state)
         _check_swappable(disk)
-        if path == disk.path:
+        is_up = entry.record.state in (VmState.RUNNING, VmState.PAUSED)
+        if is_up:
+            # The worker answers in order: what became of an earlier swap is known after this.
+            await self._runner.ask(entry, "status")
+            await self._runner.keep_up(entry)
+            (disk,) = [known for known in entry.record.disks if known.id == disk.id]
+        elif path == disk.path:
             return
         with own_fields():
-            fresh = await self._planner.plan_swap(record, disk, path)
-            if record.state in (VmState.RUNNING, VmState.PAUSED):
+            fresh = await self._planner.plan_swap(entry.record, disk, path)
+            if is_up:
                 await self._hand_over(entry, disk, fresh, request)
                 return
         # What may be left of a worker never uses a disk again.
@@ -63,9 +68,17 @@ class Swapper:
     ) -> None:
         index = entry.record.disks.index(disk)
         with FdBag() as bag:
-            await open_disk(fresh, index, bag)
+            try:
+                await open_disk(fresh, index, bag)
+            except Conflict as err:
+                # Another file may lie at the same path by now; the one that the worker has is
+                # locked by it.
+                if err.code == "disk_in_use" and fresh.path == disk.path:
+                    return
+                raise
             if not disk.read_only:
                 await asyncio.to_thread(_write_back, disk.path)
+                await asyncio.to_thread(_sync, bag.fds[0], fresh.path)
             await self._table.commit(entry, disks=_with(entry, fresh))
             args = {"disk": disk.id, "swaps": fresh.swaps}
             try:
@@ -105,6 +118,18 @@ def _write_back(path: str) -> None:
             os.fdatasync(fd)
         finally:
             os.close(fd)
+
+
+def _sync(fd: int, path: str) -> None:
+    """Make a file durable before a guest goes on with it: it was told that its data is.
+
+    Raises:
+        HostFailure: it cannot be written.
+    """
+    try:
+        os.fdatasync(fd)
+    except OSError as err:
+        raise HostFailure("disk_failed", f"{path}: {err.strerror}, as it was synced") from err
 
 
 def _with(entry: VmEntry, fresh: DiskRecord) -> tuple[DiskRecord, ...]:

@@ -28,7 +28,7 @@ from .config import Config
 from .endings import judge
 from .launch import FdBag, prepare
 from .library import Library
-from .news import compare, counted, take_over
+from .news import compare, counted, last_told, take_over
 from .operations import Job
 from .records import ReasonRecord, VmRecord, now
 from .tasks import Tasks
@@ -450,7 +450,7 @@ class VmRunner:
         forced: ReasonRecord | None = None,
     ) -> None:
         """Take note of a worker's end; the caller holds the lock."""
-        await self._keep_up_last(entry, worker)
+        await self._keep_up_last(entry, worker, ending)
         verdict = judge(ending, was_killed=entry.kill_requested)
         entry.kill_requested = False
         self._pool.forget(entry.record.id)
@@ -476,10 +476,10 @@ class VmRunner:
         # Not before: nobody may see a VM that runs without a process.
         entry.worker = None
 
-    async def _keep_up_last(self, entry: VmEntry, worker: Worker) -> None:
+    async def _keep_up_last(self, entry: VmEntry, worker: Worker, ending: Ending) -> None:
         """Take over what a worker has told right before its end."""
-        events, changes = counted(entry, worker.status)
-        if events:
+        events, changes = last_told(entry, worker.status or ending.last_words)
+        if changes:
             await self._table.record(entry, *events, **changes)
 
     def _check(self, entry: VmEntry, action: VmAction, request: Request) -> None:

@@ -86,6 +86,8 @@ class VirtioPmem(KickedDevice):
                     break
                 continue
             self._waiting.append(self._checked(chain))
+        else:
+            enabled.kick.signal()  # as serve_slowly(): the rest in its turn
         if self._waiting:
             self._wake()
         return {}

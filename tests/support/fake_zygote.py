@@ -62,6 +62,7 @@ class FakeWorker:
         self.status = Status("empty", vm_id, os.getpid())
         self.moods: set[str] = set()
         self.fds: tuple[int, ...] = ()
+        self.swapped: tuple[int, ...] = ()  # with the lock on the file
         self.late: dict[str, int] = {}
         self.peer: socket.socket | None = None
 
@@ -154,7 +155,8 @@ class FakeWorker:
         if self.late:
             self.tell(swaps=self.late)
         if op == "swap_disk":
-            protocol.close_all(fds)
+            protocol.close_all(self.swapped)
+            self.swapped = fds
             swaps = {**self.status.swaps, args["disk"]: args["swaps"]}
             if "late-swap" in self.moods:
                 self.late = swaps

@@ -91,7 +91,7 @@ class LinuxGuest:
         assert self.console is not None
         begin, end = (f"{word}-{next(self._numbers)}" for word in ("begin", "end"))
         since = len(self.console.text)
-        self.type(f"echo {begin}; {command}\necho; echo {end} $?.")
+        self.type(f"echo {begin}; {command}\nstatus=$?; echo; echo {end} $status.")
         at = self.console.wait_for(f"{begin}\n", after=since, limit_s=limit_s)
         to = self.console.wait_for(f"\n{end} ", after=at, limit_s=limit_s)
         dot = self.console.wait_for(".", after=to, limit_s=limit_s)

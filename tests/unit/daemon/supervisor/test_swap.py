@@ -12,7 +12,7 @@ import pytest
 from api.errors import ApiError, Conflict, HostFailure, Invalid
 from api.models.vms import DiskPatch, VmAction
 from daemon.protocol import Status
-from daemon.supervisor.news import counted
+from daemon.supervisor.news import counted, last_told
 from daemon.supervisor.records import DiskRecord, VmRecord
 from daemon.supervisor.service import Supervisor
 from tests.support.supervisor import CALL, Harness
@@ -128,6 +128,50 @@ def test_what_a_killed_hosteld_did_not_learn_is_taken_from_the_worker(
 
     harness.run(first)
     harness.run(second)
+
+
+def test_a_worker_that_ends_after_an_unclear_swap_says_which_file_it_used(
+    harness: Harness, old: Path, new: Path
+) -> None:
+    harness.set(request_timeout_s=0.3)
+
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", disks=on(old))
+        entry = supervisor._table.get("a")
+        # Committed, and not asked.
+        asked = entry.record.disks[0].with_file(str(new), 8192)
+        await supervisor._table.commit(entry, disks=(asked,))
+        vm = await harness.act(VmAction.STOP)
+        assert (vm.state, vm.disks[0].path) == ("stopped", str(old))
+
+    harness.run(scenario)
+
+
+def test_a_last_word_found_at_a_start_says_which_file_was_used(
+    harness: Harness, old: Path, new: Path
+) -> None:
+    async def first(supervisor: Supervisor) -> None:
+        await harness.start("a", disks=on(old))
+        entry = supervisor._table.get("a")
+        asked = entry.record.disks[0].with_file(str(new), 8192)
+        await supervisor._table.commit(entry, disks=(asked,))
+        status = Status("stopped", entry.record.id, 1, swaps={"root": 0})
+        events, changes = last_told(entry, status)
+        assert events == []
+        assert changes["disks"][0].path == str(old)
+
+    harness.run(first)
+
+
+def test_a_file_that_was_put_in_the_place_of_another_is_taken(harness: Harness, old: Path) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a", disks=on(old))
+        copy = harness.path / "copy.raw"
+        copy.write_bytes(bytes(4096))
+        copy.rename(old)
+        assert (await swap(supervisor, old)).swaps == 1
+
+    harness.run(scenario)
 
 
 def test_a_vm_at_rest_starts_with_the_new_file(harness: Harness, old: Path, new: Path) -> None:

@@ -134,6 +134,19 @@ def test_those_that_come_meanwhile_share_the_next_one(
     assert rig.device.stats() == {"requests": 4, "syncs": 2, "errors": 0}
 
 
+def test_a_whole_queue_of_flushes_does_not_end_the_kicks(
+    make_rig: Callable[..., Rig], disk: Disk
+) -> None:
+    rig = make_rig()
+    rig.machine.start(features=1 << 32 | 1 << 29)  # VIRTIO_F_EVENT_IDX
+    size = rig.machine.queue_size
+    rig.ask(*[0] * size)
+    rig.machine.loop.dispatch()
+    assert len(rig.wait(size)) == size
+    avail_event = 0x10000 + 0x2000 + 4 + 8 * size  # behind the used ring of queue 0
+    assert struct.unpack("<H", rig.machine.memory.read(avail_event, 2)) == (size,)
+
+
 def test_after_one_that_failed_none_succeeds(make_rig: Callable[..., Rig], disk: Disk) -> None:
     rig = make_rig()
     disk.error = errno.EIO

@@ -39,7 +39,9 @@ def guest() -> Guest:
 def hostel(guest: Guest) -> Iterator[Hostel]:
     """A running hosteld with the guest's files imported."""
     directory = Path(tempfile.mkdtemp(prefix="hg-"))
-    hostel = Hostel(directory)
+    config = directory / "hosteld.toml"
+    config.write_text("request_timeout_s = 60\n")  # an emulated host takes its time for a reset
+    hostel = Hostel(directory, ["--config", str(config)])
     try:
         hostel.start()
         api = hostel.api

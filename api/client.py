@@ -170,7 +170,7 @@ class HostelClient:
         return _parse(self._send("PATCH", url_path("vms", ref, "nics", nic_id), patch), Vm)
 
     def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
-        """Give a disk its new size or limits."""
+        """Give a disk its new size, file or limits."""
         return _parse(self._send("PATCH", url_path("vms", ref, "disks", disk_id), patch), Vm)
 
     def attach(

@@ -8,8 +8,9 @@ program's sockets are: the lab's root namespace is as empty as on a machine with
 and no firewall rule or link that a test makes there can cut the lab off.
 
 A command's connection then carries frames: one byte of kind, the length, the payload.
-To the agent: `i` standard input (empty: its end). From it: `o` and `e` output, `x` the exit
-status, or `f` why there is none. If the other side goes away, the command's process group ends.
+To the agent: `i` standard input (empty: its end), or `n`, which means nothing. From it: `o` and
+`e` output, `x` the exit status, or `f` why there is none. If the other side goes away, the
+command's process group ends.
 """
 
 import contextlib
@@ -148,7 +149,9 @@ class Command:
         """Copy standard input from the connection; end the command if the connection ends."""
         pipe = self.process.stdin
         while head := stream.read(HEADER.size):
-            length = HEADER.unpack(head)[1] if len(head) == HEADER.size else 0
+            kind, length = HEADER.unpack(head) if len(head) == HEADER.size else (b"i", 0)
+            if kind == b"n":
+                continue
             data = stream.read(min(length, MAX_FRAME_BYTES))
             # A command need not read its input; what is left over is dropped.
             with contextlib.suppress(BrokenPipeError, ValueError):

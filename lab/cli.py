@@ -192,6 +192,7 @@ def _execute(layout: Layout, running: Running, options: argparse.Namespace, argv
         env=environment(layout, dict(os.environ)),
         forward_stdin=options.stdin,
         timeout_s=options.timeout_s,
+        has_heartbeat=not running.options.get("icount"),
     )
     return Execution(running.endpoint, command).run()
 

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..models.resources import Check, Event, Host, Image, Kernel, Operation
-from ..models.vms import Vm, VmStats
+from ..models.vms import Nic, Vm, VmStats
 
 PIPE_COLUMNS: Final = 1000
 _STYLES: Final = {
@@ -78,6 +78,10 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def _nic(nic: Nic) -> str:
+    return "  ".join(part for part in (nic.mac, nic.tap or nic.socket, nic.bridge) if part)
+
+
 def show_vms(vms: Sequence[Vm]) -> None:
     """Print VMs, one a line."""
     rows = (
@@ -101,7 +105,8 @@ def show_vm(vm: Vm) -> None:
         ("initrd", _text(vm.initrd)),
         ("cmdline", vm.cmdline),
         *((f"disk {disk.id}", f"{_size(disk.size_bytes)}  {disk.path}") for disk in vm.disks),
-        *((f"nic {nic.id}", f"{nic.mac}  {nic.tap}  {_text(nic.bridge)}") for nic in vm.nics),
+        *((f"nic {nic.id}", _nic(nic)) for nic in vm.nics),
+        *((f"share {share.tag}", share.path) for share in vm.shares),
         *([] if vm.vsock is None else [("vsock", f"cid {vm.vsock.cid}  {vm.vsock.path}")]),
         *((f"pmem {pmem.id}", f"{_size(pmem.size_bytes)}  {pmem.path}") for pmem in vm.pmem),
         *((f"port {port.name}", port.path) for port in vm.ports),

@@ -53,9 +53,7 @@ Disks = Annotated[
 Shares = Annotated[list[str] | None, typer.Option(help="TAG=/DIRECTORY, then ,ro")]
 Nics = Annotated[
     list[str] | None,
-    typer.Option(
-        help="ID, then ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= or ,link=. Again for more."
-    ),
+    typer.Option(help="ID, then ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= ,link= or ,socket="),
 ]
 Vsock = Annotated[
     str | None,

@@ -122,7 +122,7 @@ def grow(path: str, size_bytes: int) -> int:
     return size_bytes
 
 
-def open_locked(disk: DiskRecord, index: int) -> int:
+def open_locked(disk: DiskRecord, field: str) -> int:
     """Open a disk for a worker, locked, and return its descriptor.
 
     Raises:
@@ -130,7 +130,6 @@ def open_locked(disk: DiskRecord, index: int) -> int:
 
     Threads: any; may block on a slow file system.
     """
-    field = f"disks.{index}.path"
     fd = open_unlocked(disk, field, exclusively=not disk.read_only)
     try:
         # It was for the open alone: io_uring takes it at its word, even on a file.

@@ -287,6 +287,6 @@ def main(kvm_device: str, state_dir: Path, *, as_json: bool, write: Callable[[st
         for check in findings.checks:
             lines.append(f"{check.status:8} {check.name:20} {check.detail}\n")
             if check.remedy:
-                lines.append(f"{'':26} -> {check.remedy}\n")
+                lines.append(f"{'':29} -> {check.remedy}\n")
         write("".join([*lines, f"tier: {findings.tier}\n"]))
     return int(any(check.status == "missing" for check in findings.checks))

@@ -164,7 +164,7 @@ async def open_disk(disk: DiskRecord, index: int, bag: FdBag) -> DiskSpec:
 
 
 def _open_disk(disk: DiskRecord, index: int) -> list[int]:
-    return [open_locked(disk, index)]
+    return [open_locked(disk, f"disks.{index}.path")]
 
 
 async def _serve_disk(
@@ -191,7 +191,7 @@ async def open_nic(nic: NicRecord, index: int, vcpus: int, bag: FdBag) -> NicSpe
         return NicSpec(nic.id, fds, (), nic.mac, nic.mtu, wishes, nic.slot, vhost_user=True)
     tap_fds = await _in_thread(bag, partial(open_taps, nic, index, nic.n_pairs(vcpus)))
     vhost_fds = await _in_thread(bag, partial(open_vhost, nic, index, len(tap_fds)))
-    return NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu, nic_wishes(nic), nic.slot)
+    return NicSpec(nic.id, tap_fds, vhost_fds, nic.mac, nic.mtu, wishes, nic.slot)
 
 
 async def _open_share(

@@ -148,11 +148,10 @@ def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict
         changes["watchdog_expired"] = status.watchdog_expired
         count = status.watchdog_expired - record.watchdog_expired
         events.append(entry.event("watchdog", action=record.watchdog, count=count))
+    counts = {disk_id: told["count"] for disk_id, told in status.disk_errors.items()}
     for disk_id, told in status.disk_errors.items():
         if fresh := told["count"] - record.disk_errors.get(disk_id, 0):
-            changes["disk_errors"] = {
-                disk: told["count"] for disk, told in status.disk_errors.items()
-            }
+            changes["disk_errors"] = counts
             error = told["error"]
             events.append(entry.event("disk_error", disk=disk_id, error=error, count=fresh))
     return events, changes

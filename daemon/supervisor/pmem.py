@@ -9,7 +9,7 @@ from typing import Final
 
 from api.errors import ApiError, Invalid
 
-from .disks import inspect, lock, open_unlocked
+from .disks import inspect, open_locked
 from .records import DiskRecord, PmemRecord
 
 # Linux maps persistent memory in such pieces: memremap_compat_align() in mm/memremap.c.
@@ -39,9 +39,8 @@ def open_pmem(pmem: PmemRecord, index: int) -> int:
     """
     field = f"pmem.{index}.path"
     disk = DiskRecord(pmem.id, pmem.path, None, False, pmem.read_only, pmem.size_bytes)
-    fd = open_unlocked(disk, field, exclusively=not pmem.read_only)
+    fd = open_locked(disk, field)
     try:
-        lock(fd, pmem.path, field, is_shared=pmem.read_only)
         _checked(os.lseek(fd, 0, os.SEEK_END), pmem.path, field)
     except ApiError:
         os.close(fd)

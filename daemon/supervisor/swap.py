@@ -86,8 +86,16 @@ class Swapper:
             except ApiError:
                 # Refused, or not known: the worker's word is taken, now and with each status.
                 await self._runner.keep_up(entry)
+                if _is_taken(entry, fresh):
+                    await self._table.record(entry, _event(entry, fresh, request))
                 raise
         await self._table.record(entry, _event(entry, fresh, request))
+
+
+def _is_taken(entry: VmEntry, fresh: DiskRecord) -> bool:
+    """Whether the worker has told that it uses a file."""
+    status = None if entry.worker is None else entry.worker.status
+    return status is not None and status.swaps.get(fresh.id) == fresh.swaps
 
 
 def _check_swappable(disk: DiskRecord) -> None:

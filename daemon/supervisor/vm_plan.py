@@ -146,7 +146,7 @@ class Planner:
         """
         _check_device(record, wanted.id)
         slot = _free_slot(record, DISK_SLOTS, [disk.slot for disk in record.disks], "disks")
-        await _check_twice(record.disks, wanted)
+        await _check_twice((*record.disks, *record.pmem), wanted)
         (disk,) = await self._plan_disks(record.id, [wanted])
         if disk.is_own:
             # A name of its own: the file of an earlier disk of that id may be on its way out.
@@ -157,7 +157,8 @@ class Planner:
     async def plan_swap(self, record: VmRecord, disk: DiskRecord, path: str) -> DiskRecord:
         """Return the record of a disk that is to use another file; raises as plan_disk()."""
         wanted = DiskCreate(id=disk.id, path=path, read_only=disk.read_only, cache=disk.cache)
-        await _check_twice([other for other in record.disks if other.id != disk.id], wanted)
+        others = [other for other in record.disks if other.id != disk.id]
+        await _check_twice((*others, *record.pmem), wanted)
         (found,) = await self._plan_disks(record.id, [wanted])
         return disk.with_file(path, found.size_bytes)
 
@@ -407,6 +408,7 @@ def limits_of(rate_limit: RateLimit | None) -> dict[str, int]:
 
 def _check_device(record: VmRecord, device_id: str) -> None:
     ids = [*(disk.id for disk in record.disks), *(nic.id for nic in record.nics)]
+    ids += [pmem.id for pmem in record.pmem]
     if device_id in (*OWN_DEVICES, *ids):
         raise Conflict(
             "device_taken", f"VM {record.name} has a device {device_id} already", field="id"
@@ -422,8 +424,8 @@ def _free_slot(record: VmRecord, slots: range, taken: list[int | None], what: st
     return slot
 
 
-async def _check_twice(others: Iterable[DiskRecord], wanted: DiskCreate) -> None:
-    """Refuse a file that is another disk of the VM already.
+async def _check_twice(others: Iterable[DiskRecord | PmemRecord], wanted: DiskCreate) -> None:
+    """Refuse a file that is another disk, or persistent memory, of the VM already.
 
     Raises:
         Invalid: it is.
@@ -434,7 +436,7 @@ async def _check_twice(others: Iterable[DiskRecord], wanted: DiskCreate) -> None
         if await asyncio.to_thread(_is_same_file, other.path, wanted.path):
             raise Invalid(
                 "disk_twice",
-                f"disks {other.id} and {wanted.id} are the same file; only read_only ones may be",
+                f"{other.id} and {wanted.id} are the same file; only read_only ones may be",
                 field="path",
             )
 

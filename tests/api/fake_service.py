@@ -543,7 +543,7 @@ def _disk(wanted: DiskCreate) -> Disk:
 def _nic(wanted: NicCreate) -> Nic:
     return Nic(
         id=wanted.id,
-        tap=wanted.tap or "tap0",
+        tap=None if wanted.socket else wanted.tap or "tap0",
         mac=wanted.mac or "02:00:00:00:00:01",
         mtu=wanted.mtu,
         bridge=wanted.bridge,

@@ -39,9 +39,7 @@ def guest() -> Guest:
 def hostel(guest: Guest) -> Iterator[Hostel]:
     """A running hosteld with the guest's files imported."""
     directory = Path(tempfile.mkdtemp(prefix="hg-"))
-    config = directory / "hosteld.toml"
-    config.write_text("request_timeout_s = 60\n")  # an emulated host takes its time for a reset
-    hostel = Hostel(directory, ["--config", str(config)])
+    hostel = Hostel(directory)
     try:
         hostel.start()
         api = hostel.api

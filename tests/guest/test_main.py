@@ -157,18 +157,12 @@ def _read(connection: ClientConnection, marker: str) -> str:
 
 def test_a_pause_stops_it_and_a_resume_harms_nothing(main: LinuxGuest) -> None:
     before = float(main.ask("cat /proc/uptime").split()[0])
-    complaints = _complaints(main)
     assert main.hostel.api.act("main", "pause")["state"] == "paused"
     time.sleep(30)  # longer than the 20 s after which Linux calls a vCPU stuck
     assert main.hostel.api.act("main", "resume")["state"] == "running"
     after = float(main.ask("cat /proc/uptime").split()[0])
     assert after >= before
-    assert _complaints(main) == complaints
-
-
-def _complaints(guest: LinuxGuest) -> list[str]:
-    """Return what the guest says of CPUs that stood still; a busy lab may cause some by itself."""
-    return re.findall("soft lockup|rcu.*stall|hung task", guest.ask("dmesg"))
+    assert not re.search("soft lockup|rcu.*stall|hung task", main.ask("dmesg"))
 
 
 def test_its_counters_tell_what_it_did(main: LinuxGuest) -> None:

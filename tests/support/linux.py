@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,18 +51,7 @@ class LinuxGuest:
             self.delete()
 
     def start(self, ready: str | None = None) -> None:
-        """Start the VM and take its shell; once more if it hangs, which is told.
-
-        On the emulated host one boot in some tens stands still, for a reason that is not known.
-        """
-        try:
-            self._start_once(ready)
-        except TimeoutError as err:
-            sys.__stderr__.write(f"\n{self.name} hung in its boot, started again: {err}\n")
-            self.hostel.api.act(self.name, "kill")
-            self._start_once(ready)
-
-    def _start_once(self, ready: str | None) -> None:
+        """Start the VM and take its shell."""
         offset = self.log_end()
         self.hostel.api.act(self.name, "start")
         self.attach(offset)

@@ -57,7 +57,7 @@ def test_reset_boots_the_guest_again(hostel: Hostel) -> None:
     name = run(hostel, "reset")
     vm = hostel.api.wait_vm(name, lambda vm: vm["reason"] is not None, "reset", limit_s=LIMIT_S)
     assert (vm["state"], vm["reason"]["code"]) == ("running", "watchdog")
-    assert hostel.console(name).count("started") >= 1
+    wait(lambda: hostel.console(name).count("started") >= 2, "no second boot")
     assert told(hostel, name)[0] == {"action": "reset", "count": 1}
     hostel.delete(name)
 

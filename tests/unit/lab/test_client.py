@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lab import client
 from lab.agent import Agent, refusal
 from lab.client import HEADER, STATUS, Command, Endpoint, Execution, frames
 
 TOKEN = "t" * 32
+beat = Execution._beat
 
 
 @pytest.fixture
@@ -70,6 +72,18 @@ def test_a_command_that_a_signal_ends_gives_128_and_its_number(endpoint: Endpoin
 def test_a_missing_program_gives_127(endpoint: Endpoint, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint, "no-such-program") == 127
     assert "no-such-program" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_silent_command_s_host_is_kept_awake(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = []
+    monkeypatch.setattr(client, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(Execution, "_beat", lambda self, to: beats.append(beat(self, to)))
+    # The agent takes them for what they are: the command ends by itself.
+    assert run(endpoint, "sh", "-c", "sleep 0.3; exit 3") == 3
+    assert beats
 
 
 @pytest.mark.slow

@@ -62,33 +62,33 @@ def test_what_is_no_disk_is_refused(
 
 
 def test_a_writer_keeps_everyone_else_out(disk: Path) -> None:
-    fd = disks.open_locked(record(disk), 0)
+    fd = disks.open_locked(record(disk), "disks.0.path")
     for read_only in (True, False):
         with pytest.raises(Conflict, match="another VM or program uses it") as caught:
-            disks.open_locked(record(disk, read_only=read_only), 2)
+            disks.open_locked(record(disk, read_only=read_only), "disks.2.path")
         assert caught.value.field == "disks.2.path"
     os.close(fd)
-    os.close(disks.open_locked(record(disk), 0))
+    os.close(disks.open_locked(record(disk), "disks.0.path"))
 
 
 def test_readers_share_and_keep_writers_out(disk: Path) -> None:
-    fds = [disks.open_locked(record(disk, read_only=True), 0) for _ in range(2)]
+    fds = [disks.open_locked(record(disk, read_only=True), "disks.0.path") for _ in range(2)]
     with pytest.raises(Conflict):
-        disks.open_locked(record(disk), 0)
+        disks.open_locked(record(disk), "disks.0.path")
     for fd in fds:
         os.close(fd)
 
 
 def test_a_lock_lives_in_the_process_that_was_given_the_descriptor(disk: Path) -> None:
-    fd = disks.open_locked(record(disk), 0)
+    fd = disks.open_locked(record(disk), "disks.0.path")
     with subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(fd,)
     ) as heir:
         os.close(fd)
         with pytest.raises(Conflict):
-            disks.open_locked(record(disk), 0)
+            disks.open_locked(record(disk), "disks.0.path")
         heir.kill()
-    os.close(disks.open_locked(record(disk), 0))
+    os.close(disks.open_locked(record(disk), "disks.0.path"))
 
 
 def test_a_file_system_without_o_direct_is_named() -> None:
@@ -102,12 +102,12 @@ def test_a_file_system_without_o_direct_is_named() -> None:
 
 def test_a_disk_is_opened_past_the_page_cache_if_asked_and_never_nonblocking(disk: Path) -> None:
     try:
-        direct = disks.open_locked(replace(record(disk), cache="none"), 0)
+        direct = disks.open_locked(replace(record(disk), cache="none"), "disks.0.path")
     except Invalid as err:
         pytest.skip(str(err))
     assert fcntl.fcntl(direct, fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK) == os.O_DIRECT
     os.close(direct)
-    cached = disks.open_locked(record(disk), 0)
+    cached = disks.open_locked(record(disk), "disks.0.path")
     assert fcntl.fcntl(cached, fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK) == 0
     os.close(cached)
 

@@ -87,6 +87,7 @@ def test_a_swap_without_an_answer_was_done_if_the_worker_says_so(
         with pytest.raises(ApiError):
             await swap(supervisor, new)
         assert record_of(supervisor).disks[0].path == str(new)
+        assert (await harness.event_types()).count("vm.disk_swapped") == 1
 
     harness.run(scenario)
 

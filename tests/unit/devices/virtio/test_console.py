@@ -435,7 +435,7 @@ def test_too_many_ports_are_refused(n_consoles: int) -> None:
         VirtioConsole(ports, [])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     features=VERSIONS,
     steps=st.lists(
@@ -467,7 +467,7 @@ def test_both_streams_arrive_whole_whatever_the_pieces(
     assert in_host + rig.drain(program) == to_host
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     messages=st.lists(
         st.tuples(

@@ -187,9 +187,7 @@ def some_pmem(directory: Path) -> VirtioDevice:
     return VirtioPmem("data", fd, gpa=1 << 32, size_bytes=2 << 20, is_read_only=False)
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 @given(log=steps)
 @pytest.mark.parametrize("make_device", [a_console, some_pmem])
 def test_garbage_leaves_a_device_that_starts_again(

@@ -381,17 +381,19 @@ def test_bad_mtu_is_refused(wire: Wire, mtu: int) -> None:
 
 
 def test_a_limit_holds_back_and_lets_go(machine: Machine, wire: Wire) -> None:
-    net(machine).set_limits(UNLIMITED, RateLimit(ops_per_s=1, ops_burst=1))
+    frame = b"hello" * 100
+    # Minutes until the second one fits.
+    net(machine).set_limits(UNLIMITED, RateLimit(bytes_per_s=1, bytes_burst=len(frame) + 100))
     machine.start(VERSION_1)
-    machine.memory.write(DATA, bytes(HEADER_BYTES) + b"hello")
+    machine.memory.write(DATA, bytes(HEADER_BYTES) + frame)
     for head in range(2):
-        machine.post(1, [(DATA, HEADER_BYTES + 5, False)], head=head)
+        machine.post(1, [(DATA, HEADER_BYTES + len(frame), False)], head=head)
     machine.kick(1)
-    assert wire.far.recv(2048)[HEADER_BYTES:] == b"hello"
+    assert wire.far.recv(2048)[HEADER_BYTES:] == frame
     wait_for_interrupt(machine, 2)
     assert len(machine.used(1)) == 1
     net(machine).set_limits(UNLIMITED, UNLIMITED)
-    assert wire.far.recv(2048)[HEADER_BYTES:] == b"hello"
+    assert wire.far.recv(2048)[HEADER_BYTES:] == frame
 
 
 def test_vhost_refuses_a_limit(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from tests.support.hostel import Hostel
 ROUNDS: Final = 3
 LAB_RUN_LIMIT_S: Final = 1800
 BOOT_LIMIT_S: Final = 240.0
+PEER_LIMIT_S: Final = 600.0
 MEMORY_MIB: Final = 256
 DEVICE: Final = Path("/dev/nullb0")
 MS: Final = 2000
@@ -48,29 +50,16 @@ CASES: Final = (
     "write,1048576,8,1",
 )
 OURS: Final = "hostel"
-PEERS: Final = ("q35", "microvm")
+PEERS: Final = ("q35", "microvm-pci")
+PEER_DISK: Final = (
+    *("-object", "iothread,id=io", "-device", "virtio-blk-pci,drive=d,iothread=io"),
+    *("-drive", f"if=none,id=d,format=raw,file={DEVICE},cache=none,aio=io_uring"),
+)
 GOAL_RATIO: Final = 1.0
 LINE: Final = re.compile(r"^load (\S+): (\d+) requests in (\d+) ns$", re.MULTILINE)
 
 # case -> metric -> values, one a round
 Samples = dict[str, dict[str, list[float]]]
-
-
-@dataclass(frozen=True)
-class DiskPeer(Peer):
-    """A QEMU guest with the disk."""
-
-    def command(self) -> list[str]:
-        """Return the command line."""
-        drive = f"if=none,id=d,format=raw,file={DEVICE},cache=none,aio=io_uring"
-        command = super().command()
-        machine = command[command.index("-M") + 1]
-        if self.machine == "microvm":
-            command[command.index("-M") + 1] = f"{machine},pcie=on"
-        return [
-            *(*command, "-object", "iothread,id=io", "-drive", drive),
-            *("-device", "virtio-blk-pci,drive=d,iothread=io"),
-        ]
 
 
 @dataclass
@@ -103,21 +92,28 @@ def cmdline(ms: int) -> str:
     return f"console=ttyS0 quiet reboot=k panic=-1 {loads}"
 
 
-def run_peer(peer: DiskPeer) -> dict[str, tuple[float, float]]:
-    """Run all cases in one QEMU guest."""
+def run_peer(peer: Peer) -> dict[str, tuple[float, float]]:
+    """Run all cases in one QEMU guest.
+
+    Raises:
+        TimeoutError: it ended before its cases did, or was ended since it took too long.
+    """
     with subprocess.Popen(
         peer.command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
     ) as process:
         meter = Meter(process.pid)
         assert process.stdout is not None
+        deadline = threading.Timer(PEER_LIMIT_S, process.kill)
+        deadline.start()
         try:
             for text in process.stdout:
                 meter.line(text.strip())
                 if text.strip() == "load over":
-                    break
+                    return meter.results
         finally:
+            deadline.cancel()
             process.kill()
-    return meter.results
+    raise TimeoutError(f"{peer.machine}: only {', '.join(meter.results)} in {PEER_LIMIT_S:g} s")
 
 
 def run_ours(hostel: Hostel) -> dict[str, tuple[float, float]]:
@@ -166,7 +162,9 @@ def measure(guest: Guest, rounds: int, ms: int) -> Samples:
             OURS: partial(run_ours, hostel)
         }
         for machine in PEERS:
-            peer = DiskPeer(machine, guest.kernel, guest.load, cmdline(ms), MEMORY_MIB)
+            peer = Peer(
+                machine, guest.kernel, guest.load, cmdline(ms), MEMORY_MIB, devices=PEER_DISK
+            )
             sides[machine] = partial(run_peer, peer)
         for number in range(rounds):
             for name, run in sides.items():

@@ -26,7 +26,7 @@ from bench.qemu import RAM_NAME, Peer, warm_up
 from lab.guests import Guest, find_guest
 from lab.hosteld import ROOT
 from lab.where import in_lab, lab_command, why_not_here
-from tests.support.hostel import Hostel
+from tests.support.hostel import Hostel, spare_of, zygote_of
 
 COUNT: Final = 20
 MEMORY_MIB: Final = 128
@@ -100,23 +100,16 @@ def measure_ours(guest: Guest, count: int) -> tuple[float, float, float]:
         time.sleep(IDLE_S)
         many = [beyond_ram_mib(pid, OUR_RAM) for pid in pids]
         progress(f"{count} workers: {min(many):.2f} to {max(many):.2f} MiB")
-        return alone, statistics.median(many), shared_mib(pids[0])
+        return alone, statistics.median(many), shared_mib(hostel)
     finally:
         hostel.end()
         shutil.rmtree(directory)
 
 
-def shared_mib(worker: int) -> float:
+def shared_mib(hostel: Hostel) -> float:
     """Return the PSS of zygote and spare, and the image's size; some of it is counted twice so."""
-    status = Path(f"/proc/{worker}/status").read_text()
-    zygote = Path("/proc", re.findall(r"^PPid:\s+(\d+)", status, re.MULTILINE)[0])
-    children = (zygote / "task" / zygote.name / "children").read_text().split()
-    spares = [
-        process
-        for process in (Path("/proc", pid) for pid in children)
-        if (process / "comm").read_text() == "vm-spare\n"
-    ]
-    rollups = [(process / "smaps_rollup").read_text() for process in (zygote, *spares)]
+    zygote, spare = (Path("/proc", str(pid)) for pid in (zygote_of(hostel), spare_of(hostel)))
+    rollups = [(process / "smaps_rollup").read_text() for process in (zygote, spare)]
     pss = [int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0]) for text in rollups]
     images = [fd for fd in (zygote / "fd").iterdir() if OUR_IMAGE in fd.readlink().name]
     return sum(pss) / 1024 + sum(fd.stat().st_blocks for fd in images) * 512 / (1 << 20)

@@ -121,7 +121,9 @@ def set_nic(
 def attach_disk(
     context: typer.Context,
     vm: Ref,
-    disk: Annotated[str, typer.Argument(help="ID=image:NAME or ID=/FILE, then ,ro or ,size=MIB.")],
+    disk: Annotated[
+        str, typer.Argument(help="As vm create --disk has it: ID=/FILE, then ,ro and so on.")
+    ],
     no_wait: NoWait = False,
     as_json: Json = False,
 ) -> None:

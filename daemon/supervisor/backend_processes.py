@@ -115,10 +115,16 @@ def spawn(owner: Owner, command: Command, log_fd: int) -> BackendProcess:
         env={"PATH": f"{os.defpath}:/usr/sbin:/sbin", "LANG": "C.UTF-8", _MARK: owner.mark},
         start_new_session=True,
     )
-    child.returncode = 0  # it is reaped below, and not when this object goes
     with contextlib.suppress(OSError):
         resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))  # guest memory is in it
-    return BackendProcess(owner, child.pid, os.pidfd_open(child.pid), is_child=True)
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except OSError:
+        child.kill()
+        child.wait()
+        raise
+    child.returncode = 0  # it is reaped below, and not when this object goes
+    return BackendProcess(owner, child.pid, pidfd, is_child=True)
 
 
 def find_all(runtime: Path) -> list[BackendProcess]:

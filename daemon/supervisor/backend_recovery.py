@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# After 0.05 s, 0.1 s ... 3.2 s: one that dies again at once is given up on after some six seconds.
+# After 0.05 s, 0.1 s ... 6.4 s: one that dies again at once is given up on after some 13 seconds.
 MAX_ATTEMPTS: Final = 8
 FIRST_BACKOFF_S: Final = 0.05
 # One that has served for that long has been a good one.
@@ -48,8 +48,12 @@ class _Streak:
 
     worker: Worker
     attempts: int = 0
-    back_at: float = 0.0
+    back_at: float | None = None
     is_under_way: bool = False
+
+    def is_settled(self, now: float) -> bool:
+        """Whether the last one that came back has served for long."""
+        return self.back_at is not None and now - self.back_at > SETTLED_S
 
 
 class Recovery:
@@ -66,7 +70,7 @@ class Recovery:
 
     def check(self, entry: VmEntry, worker: Worker) -> None:
         """Begin to bring back what a worker says it has lost, unless that is under way."""
-        if worker.status is None:
+        if worker.status is None or worker.ended.done():
             return
         for device_id, why in worker.status.backends_lost.items():
             key = (entry.record.id, device_id)
@@ -74,8 +78,12 @@ class Recovery:
             if streak is None or streak.worker is not worker:
                 streak = self._streaks[key] = _Streak(worker)
                 worker.ended.add_done_callback(partial(self._drop, key, streak))
-            if not streak.is_under_way and streak.attempts < MAX_ATTEMPTS:
-                streak.is_under_way = True
+            if streak.is_under_way:
+                continue
+            if streak.is_settled(asyncio.get_running_loop().time()):
+                streak.attempts = 0
+            if streak.attempts < MAX_ATTEMPTS:
+                streak.is_under_way, streak.back_at = True, None
                 recover = self._recover(entry, device_id, clean(why), streak)
                 self._tasks.spawn(recover, f"recover {device_id}")
 
@@ -85,8 +93,6 @@ class Recovery:
 
     async def _recover(self, entry: VmEntry, device_id: str, why: str, streak: _Streak) -> None:
         loop, vm_id = asyncio.get_running_loop(), entry.record.id
-        if loop.time() - streak.back_at > SETTLED_S:
-            streak.attempts = 0
         said = self._backends.describe_end(vm_id, device_id)
         log.warning("back end lost vm=%s device=%s: %s %s", entry.record.name, device_id, why, said)
         self._tell(entry, "backend_lost", device=device_id, message=why, log=said)
@@ -107,13 +113,13 @@ class Recovery:
                 log.info("back end back vm=%s device=%s", entry.record.name, device_id)
                 attempts = streak.attempts
                 self._tell(entry, "backend_recovered", device=device_id, attempts=attempts)
+                # It may have been lost once more before the worker said that it had it.
+                loop.call_soon(self.check, entry, streak.worker)
                 return
             log.error("back end given up vm=%s device=%s", entry.record.name, device_id)
             self._tell(entry, "backend_failed", device=device_id, message=problem)
         finally:
             streak.is_under_way = False
-            # It may have been lost once more before the worker said that it had it.
-            loop.call_soon(self.check, entry, streak.worker)
 
     async def _try(self, record: VmRecord, device_id: str, worker: Worker) -> None:
         """Start a back end anew and hand it to the worker.
@@ -121,14 +127,20 @@ class Recovery:
         Raises:
             ApiError, WorkerError, OSError: it is no use, this time.
         """
-        await self._backends.end_device(record.id, device_id)
-        with await self._start(record, device_id) as sock:
-            await worker.request(
-                "attach_backend",
-                {"device": device_id},
-                (sock.fileno(),),
-                timeout_s=ATTACH_TIMEOUT_S,
-            )
+        self._backends.end(record.id, device_id)
+        await self._backends.gone(record.id, device_id)
+        try:
+            with await self._start(record, device_id) as sock:
+                await worker.request(
+                    "attach_backend",
+                    {"device": device_id},
+                    (sock.fileno(),),
+                    timeout_s=ATTACH_TIMEOUT_S,
+                )
+        except BaseException:
+            # The worker may have ended meanwhile, and nobody else would end this one.
+            self._backends.end(record.id, device_id)
+            raise
 
     async def _start(self, record: VmRecord, device_id: str) -> socket.socket:
         for index, disk in enumerate(record.disks):

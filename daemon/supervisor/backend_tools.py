@@ -196,18 +196,17 @@ def check_image(disk: DiskRecord, image: dict[str, Any], field: str) -> int:
     return int(image["virtual-size"])
 
 
-def virtiofsd(share: ShareRecord, listen_fd: int) -> Command:
-    """Return how a directory is served.
+def virtiofsd(program: str, share: ShareRecord, listen_fd: int) -> Command:
+    """Return how a directory is served by one of the virtiofsds.
 
     Raises:
-        HostFailure: the program is not installed, or hosteld is not root.
+        HostFailure: hosteld is not root.
     """
     if os.geteuid() != 0:
         raise HostFailure(
             "share_needs_root",
             f"share {share.tag}: virtiofsd needs root to keep files' owners; run hosteld as root",
         )
-    program = find_tool("virtiofsd")
     if is_libvhost(program):
         argv = [program, f"--fd={listen_fd}", "-o", f"source={share.path}"]
         argv += ["-o", "log_level=warn"]

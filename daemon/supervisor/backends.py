@@ -98,11 +98,7 @@ class Backends:
         owner = self._owner(vm_id, disk.id)
         owner.runtime.mkdir(mode=0o700, exist_ok=True)
         with self._listening() as (listener, sock):
-            try:
-                await self._open_disk(owner, disk, field, disk_fd, listener)
-            except BaseException:
-                sock.close()
-                raise
+            await self._open_disk(owner, disk, field, disk_fd, listener)
         return Served(sock, is_libvhost=True)
 
     async def measure(self, vm_id: str, disk: DiskRecord, field: str, disk_fd: int | None) -> int:
@@ -115,27 +111,24 @@ class Backends:
         try:
             return await self._open_disk(owner, disk, field, disk_fd, None)
         finally:
-            await self._end_one(owner)
+            self.end(vm_id, owner.device_id)
+            await self.gone(vm_id, owner.device_id)
 
     async def serve_share(self, vm_id: str, share: ShareRecord, field: str) -> Served:
         """Have a directory served; as serve_disk()."""
         owner = self._owner(vm_id, share.device_id)
         owner.runtime.mkdir(mode=0o700, exist_ok=True)
         with self._listening() as (listener, sock), self._log(owner) as log_fd:
-            command = virtiofsd(share, listener.fileno())
-            process = self._spawn(owner, command, log_fd)
-            listener.close()
-            try:
-                async with asyncio.timeout(START_TIMEOUT_S):
-                    await _ask_features(sock)
-            except (TimeoutError, OSError) as err:
-                sock.close()
-                await self._fail(process, log_fd, f"share {share.tag}: virtiofsd", err, field)
-            except BaseException:
-                sock.close()
-                process.end()
-                raise
-        return Served(sock, is_libvhost(find_tool("virtiofsd")))
+            program = find_tool("virtiofsd")
+            command = virtiofsd(program, share, listener.fileno())
+            with self._spawned(owner, command, log_fd) as process:
+                listener.close()
+                try:
+                    async with asyncio.timeout(START_TIMEOUT_S):
+                        await _ask_features(sock)
+                except (TimeoutError, OSError) as err:
+                    await _fail(process, log_fd, f"share {share.tag}: virtiofsd", err, field)
+        return Served(sock, is_libvhost(program))
 
     async def _open_disk(
         self,
@@ -148,49 +141,37 @@ class Backends:
         if disk_fd is not None:
             check_header(disk, disk_fd, field)
         ours, theirs = socket.socketpair()
-        with ours, self._log(owner) as log_fd:
-            with theirs:
-                listen_fd = None if listener is None else listener.fileno()
-                command = storage_daemon(disk, disk_fd, theirs.fileno(), listen_fd)
-                process = self._spawn(owner, command, log_fd)
-            try:
-                async with asyncio.timeout(START_TIMEOUT_S):
-                    nodes = await qmp.ask(ours, "query-named-block-nodes")
-                return check_image(disk, _image_of(nodes), field)
-            except (TimeoutError, qmp.QmpError, KeyError, TypeError, ValueError) as err:
-                what = f"disk {disk.id}: {disk.path} as {disk.format}"
-                await self._fail(process, log_fd, what, err, field)
-            except BaseException:
-                process.end()
-                raise
+        with ours, theirs, self._log(owner) as log_fd:
+            listen_fd = None if listener is None else listener.fileno()
+            command = storage_daemon(disk, disk_fd, theirs.fileno(), listen_fd)
+            with self._spawned(owner, command, log_fd) as process:
+                theirs.close()
+                try:
+                    async with asyncio.timeout(START_TIMEOUT_S):
+                        nodes = await qmp.ask(ours, "query-named-block-nodes")
+                    return check_image(disk, _image_of(nodes), field)
+                except (TimeoutError, qmp.QmpError, KeyError, TypeError, ValueError) as err:
+                    what = f"disk {disk.id}: {disk.path} as {disk.format}"
+                    await _fail(process, log_fd, what, err, field)
 
     def _owner(self, vm_id: str, device_id: str) -> Owner:
         return Owner(self._layout.vm_runtime(vm_id), device_id)
 
-    def _spawn(self, owner: Owner, command: Command, log_fd: int) -> BackendProcess:
+    @contextlib.contextmanager
+    def _spawned(self, owner: Owner, command: Command, log_fd: int) -> Iterator[BackendProcess]:
+        """Yield a new process; it ends if what is done with it fails."""
         process = spawn(owner, command, log_fd)
         self._keep(process)
         log.info("back end started mark=%s pid=%d", owner.mark, process.pid)
-        return process
+        try:
+            yield process
+        except BaseException:
+            process.end()
+            raise
 
     def _keep(self, process: BackendProcess) -> None:
         self._processes.append(process)
         process.ended.add_done_callback(lambda _: self._processes.remove(process))
-
-    async def _fail(
-        self, process: BackendProcess, log_fd: int, what: str, err: Exception, field: str
-    ) -> NoReturn:
-        """End a program that did not come up, and say what it said.
-
-        Raises:
-            HostFailure: always.
-        """
-        await asyncio.wait({process.ended}, timeout=LAST_LINES_S)
-        process.end()
-        said = _tail(log_fd)
-        if not said and isinstance(err, TimeoutError):
-            said = f"did not come up within {START_TIMEOUT_S:g} s"
-        raise HostFailure("backend_failed", f"{what}: {said or err}", field=field) from err
 
     @contextlib.contextmanager
     def _log(self, owner: Owner) -> Iterator[int]:
@@ -244,32 +225,25 @@ class Backends:
     def _log_path(self, vm_id: str, device_id: str) -> Path:
         return self._layout.vm_runtime(vm_id) / f"backend-{device_id.replace(':', '-')}.log"
 
-    def end(self, vm_id: str) -> None:
-        """Have all back ends of a VM end."""
-        for process in self._of(vm_id):
+    def end(self, vm_id: str, device_id: str | None = None) -> None:
+        """Have the back ends of a VM end, or those of one of its devices."""
+        for process in self._of(vm_id, device_id):
             process.end()
 
-    async def gone(self, vm_id: str) -> None:
-        """Wait until the back ends of a VM that end have gone, and with them their locks."""
-        if waiting := {process.ended for process in self._of(vm_id)}:
+    async def gone(self, vm_id: str, device_id: str | None = None) -> None:
+        """Wait until those that end have gone, and with them their locks."""
+        if waiting := {process.ended for process in self._of(vm_id, device_id)}:
             _, late = await asyncio.wait(waiting, timeout=END_TIMEOUT_S)
             if late:
                 log.error("back ends do not end vm=%s count=%d", vm_id, len(late))
 
-    async def end_device(self, vm_id: str, device_id: str) -> None:
-        """End a device's back end and wait for that."""
-        await self._end_one(self._owner(vm_id, device_id))
-
-    async def _end_one(self, owner: Owner) -> None:
-        processes = [process for process in self._processes if process.owner == owner]
-        for process in processes:
-            process.end()
-        if processes:
-            await asyncio.wait({process.ended for process in processes}, timeout=END_TIMEOUT_S)
-
-    def _of(self, vm_id: str) -> list[BackendProcess]:
+    def _of(self, vm_id: str, device_id: str | None) -> list[BackendProcess]:
         runtime = self._layout.vm_runtime(vm_id)
-        return [process for process in self._processes if process.owner.runtime == runtime]
+        return [
+            process
+            for process in self._processes
+            if process.owner.runtime == runtime and device_id in (None, process.owner.device_id)
+        ]
 
     # --- across lives of hosteld
 
@@ -295,8 +269,23 @@ class Backends:
             process.release()
 
 
+async def _fail(
+    process: BackendProcess, log_fd: int, what: str, err: Exception, field: str
+) -> NoReturn:
+    """Say what a program said that did not come up.
+
+    Raises:
+        HostFailure: always.
+    """
+    await asyncio.wait({process.ended}, timeout=LAST_LINES_S)
+    said = _tail(log_fd)
+    if not said and isinstance(err, TimeoutError):
+        said = f"did not come up within {START_TIMEOUT_S:g} s"
+    raise HostFailure("backend_failed", f"{what}: {said or err}", field=field) from err
+
+
 def _image_of(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    image: dict[str, Any] = next(n["image"] for n in nodes if n["node-name"] == "disk")
+    image: dict[str, Any] = {node["node-name"]: node["image"] for node in nodes}["disk"]
     return image
 
 
@@ -327,17 +316,16 @@ async def connect_switch(path: str, what: str, field: str) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
-    try:
-        async with asyncio.timeout(START_TIMEOUT_S):
-            await asyncio.get_running_loop().sock_connect(sock, path)
-            await _ask_features(sock)
-    except (OSError, TimeoutError) as err:
-        sock.close()
-        text = getattr(err, "strerror", None) or f"no answer within {START_TIMEOUT_S:g} s"
-        raise HostFailure("backend_failed", f"{what}: {path}: {text}", field=field) from err
-    except BaseException:
-        sock.close()
-        raise
+    with contextlib.ExitStack() as undo:
+        undo.callback(sock.close)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await asyncio.get_running_loop().sock_connect(sock, path)
+                await _ask_features(sock)
+        except (OSError, TimeoutError) as err:
+            text = getattr(err, "strerror", None) or f"no answer within {START_TIMEOUT_S:g} s"
+            raise HostFailure("backend_failed", f"{what}: {path}: {text}", field=field) from err
+        undo.pop_all()
     return sock
 
 

@@ -176,7 +176,7 @@ async def _serve_disk(
         if disk.format == "raw":
             return spec
         # The worker gets this descriptor too, for the lock on it.
-        disk_fd = bag.fds[spec.fd]
+        disk_fd = bag.fds[spec.fd - bag.first]
     served = await backends.serve_disk(vm_id, disk, f"disks.{index}.path", disk_fd)
     fd = bag.add(served.sock.detach())
     return DiskSpec(disk.id, fd, disk.read_only, slot=disk.slot, vhost_user=True)

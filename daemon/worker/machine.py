@@ -227,7 +227,9 @@ class Machine:
         stack.callback(self._virtio.close)
         for make, device_fds, slots in virtio_devices(spec, fds):
             self._virtio.add(make_with_copies(make, device_fds), slots, device_fds)
-        self._backends.serve(self.event_loop, self._on_backend_lost)
+        self._backends.serve(
+            self.event_loop, partial(self._report, "backend_lost", "a back end is lost")
+        )
         stack.callback(self._backends.rest)
 
     def _create_vcpus(
@@ -364,6 +366,8 @@ class Machine:
             raise WorkerError("vhost_unlimited", str(err)) from err
         except (TypeError, ValueError) as err:
             raise WorkerError("bad_limit", f"interface {nic_id}: {err}") from err
+        except TimeoutError as err:
+            raise WorkerError("nic_busy", f"interface {nic_id}: {err}") from err
         except OSError as err:
             raise WorkerError("tap_lost", f"interface {nic_id}: {err.strerror}") from err
 
@@ -461,9 +465,6 @@ class Machine:
 
     def _on_watchdog(self) -> None:
         self._report("watchdog", "the guest did not reset its watchdog in time")
-
-    def _on_backend_lost(self) -> None:
-        self._report("backend_lost", "a back end is lost")
 
     def _on_fatal(self, vcpu: Vcpu, kind: int) -> None:
         code, message = _FATAL.get(kind, ("kvm_error", f"the vCPU stopped with exit {kind}"))

@@ -79,17 +79,20 @@ class VirtioPmem(KickedDevice):
         if self._is_read_only:
             counts = serve_slowly(enabled, partial(self.handle, queue_index))
             return {"requests": counts["requests"], "errors": counts["requests"]}
-        for _ in range(enabled.queue.size):
-            chain = enabled.queue.pop()
-            if chain is None:
-                if not enabled.queue.enable_kick():
-                    break
-                continue
-            self._waiting.append(self._checked(chain))
-        else:
-            enabled.kick.signal()  # as serve_slowly(): the rest in its turn
-        if self._waiting:
-            self._wake()
+        try:
+            for _ in range(enabled.queue.size):
+                chain = enabled.queue.pop()
+                if chain is None:
+                    if not enabled.queue.enable_kick():
+                        break
+                    continue
+                self._waiting.append(self._checked(chain))
+            else:
+                enabled.kick.signal()  # as serve_slowly(): the rest in its turn
+        finally:
+            # Those before a malformed one too: a pause waits for what has been taken.
+            if self._waiting:
+                self._wake()
         return {}
 
     def handle(self, queue_index: int, chain: DescriptorChain) -> int:
@@ -117,8 +120,9 @@ class VirtioPmem(KickedDevice):
 
     def _wake(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            thread.start()
+            self._thread = thread
         self._changed.notify_all()
 
     def _run(self) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from lab.guests import Guest
+from lab.hosteld import is_running
 from lab.rest import ApiFailure, Console, Json
-from tests.support.hostel import Hostel, is_running
+from tests.support.hostel import Hostel
 from tests.support.linux import BOOT_LIMIT_S, LinuxGuest
 
 ENTRY_AT = 24  # e_entry of an ELF64 header

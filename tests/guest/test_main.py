@@ -15,7 +15,8 @@ import pytest
 from websockets.sync.client import ClientConnection, unix_connect
 
 from lab.guests import Guest
-from tests.support.hostel import Hostel, has_tap, is_running
+from lab.hosteld import is_running
+from tests.support.hostel import Hostel, has_tap
 from tests.support.linux import LinuxGuest
 
 MIB = 1 << 20

@@ -89,20 +89,22 @@ class Hostel:
         self.api.delete(f"/v1/vms/{name}", force=True)
 
     def workers(self) -> set[int]:
-        """Return the processes that have been given a VM by this hosteld.
+        """Return the processes that came of this hosteld: not itself, its zygote, or the spare.
 
         A worker is a fork of the zygote, which is a fork of hosteld: all have its command line.
-        Only those with a VM are named after one.
+        The zygote of a hosteld that was killed counts too, for the moment that it still lives.
         """
-        marker = os.fsencode(self.daemon.runtime_dir)
+        assert self.daemon.process is not None
+        marker, hosteld = os.fsencode(self.daemon.runtime_dir), self.daemon.process.pid
         found = set()
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 words = (path / "cmdline").read_bytes().split(b"\0")
-                name = (path / "comm").read_text().strip()
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                is_spare = (path / "comm").read_text() == "vm-spare\n"
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if marker in words and name.startswith("vm-") and name != "vm-spare":
+            if marker in words and hosteld not in (int(path.name), parent) and not is_spare:
                 found.add(int(path.name))
         return found
 
@@ -174,6 +176,3 @@ def is_locked(path: Path) -> bool:
 def has_tap(name: str) -> bool:
     """Tell whether the host has a network interface of this name."""
     return Path("/sys/class/net", name).exists()
-
-
-__all__ = ["Hostel", "has_tap", "is_locked", "is_running", "kill"]

@@ -18,7 +18,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from devices.errors import BackendError, BadRegisterAccess
+from devices.errors import BackendError
 from devices.virtio.device import TRANSPORT_FEATURES, VirtioDevice
 from devices.virtio.ids import (
     VIRTIO_BLK_F_CONFIG_WCE,
@@ -98,16 +98,6 @@ class VhostUserDevice(VirtioDevice):
         """Return the back end's config space."""
         return self._link.config
 
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Hand the driver's write to the back end (guest-controlled).
-
-        Raises:
-            BadRegisterAccess: it goes beyond the end.
-        """
-        if offset + len(data) > len(self._link.config):
-            raise BadRegisterAccess(f"{self.name}: config offset={offset:#x}")
-        self._link.write_config(offset, data)
-
     def _on_config(self) -> None:
         self.config_changed()
 
@@ -159,9 +149,6 @@ class VhostUserDevice(VirtioDevice):
                 except BackendError as err:
                     self._link.drop(str(err))
                     raise TimeoutError(f"{self.name}: {err}") from err
-                except TimeoutError:
-                    self._start_or_drop(activation)
-                    raise
             self._is_quiesced = True
 
     def resume(self) -> None:
@@ -263,8 +250,9 @@ class VhostUserDevice(VirtioDevice):
         """Stop the rings with nothing in flight and return where they stand.
 
         Raises:
-            BackendError: the back end is lost, or told a nonsensical place.
-            TimeoutError: requests are still in flight.
+            BackendError: the back end is lost, told a nonsensical place, or keeps requests of a
+                ring that it has stopped.
+            TimeoutError: requests are still in flight, and the rings run on.
         """
         deadline = time.monotonic() + timeout_s
         if not self.IS_IN_ORDER:
@@ -282,8 +270,11 @@ class VhostUserDevice(VirtioDevice):
             told, base = wire.VRING_STATE.unpack(answer)
             if told != index or base > 0xFFFF:
                 raise BackendError(self.name, f"says that ring {told} of {index} is at {base}")
-            while _used(enabled) != base:
-                self._wait(deadline)
+            try:
+                while _used(enabled) != base:
+                    self._wait(deadline)
+            except TimeoutError as err:
+                raise BackendError(self.name, f"keeps requests of ring {index}, at {base}") from err
             bases[index] = base
         return bases
 

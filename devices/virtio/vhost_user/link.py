@@ -77,16 +77,19 @@ class Link:
         self.lost: str | None = "not connected yet"
         self.on_lost: Callable[[], None] = _nobody
         self.on_config: Callable[[], None] = _nobody
-        self.has_inflight = False
         self.generation = 0
         self._config_bytes = config_bytes
         self.is_libvhost = is_libvhost
         self._protocol_features = 0
-        self._config_writes: dict[int, bytes] = {}
         self._conversation: Conversation | None = None
         self._requests: BackendRequests | None = None
         self._event_loop: EventLoop | None = None
         self.attach(sock)
+
+    @property
+    def has_inflight(self) -> bool:
+        """Whether what is in flight is noted in shared memory."""
+        return bool(self._protocol_features & wire.PROTOCOL_F_INFLIGHT_SHMFD)
 
     # --- connection
 
@@ -169,7 +172,6 @@ class Link:
             agreed |= wire.PROTOCOL_F_INFLIGHT_SHMFD
         talk.tell(wire.SET_PROTOCOL_FEATURES, wire.U64.pack(agreed))
         self._protocol_features = agreed
-        self.has_inflight = bool(agreed & wire.PROTOCOL_F_INFLIGHT_SHMFD)
         talk.has_reply_ack = bool(agreed & wire.PROTOCOL_F_REPLY_ACK)
         if agreed & wire.PROTOCOL_F_BACKEND_REQ:
             self._requests = BackendRequests(self.name)
@@ -179,7 +181,7 @@ class Link:
     # --- config space
 
     def _read_config(self, talk: Conversation) -> bytes:
-        """Read the config space, after writing again what the driver wrote.
+        """Read the config space.
 
         Raises:
             BackendError: the back end serves none, or another size.
@@ -188,31 +190,10 @@ class Link:
             return b""
         if not self._protocol_features & wire.PROTOCOL_F_CONFIG:
             raise BackendError(self.name, "serves no config space")
-        for offset, data in self._config_writes.items():
-            self._send_config(talk, offset, data)
         size = wire.CONFIG.size + self._config_bytes
         payload = wire.CONFIG.pack(0, self._config_bytes, 0) + bytes(self._config_bytes)
         answer = talk.ask(wire.GET_CONFIG, payload, sizes=(size, size))
         return answer[wire.CONFIG.size :]
-
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Hand a driver's write on; a back end that comes later gets it too.
-
-        Args:
-            offset: guest-controlled, inside the config space.
-            data: guest-controlled, 1, 2 or 4 bytes.
-        """
-        with self.lock:
-            self._config_writes[offset] = data
-            self.config = self.config[:offset] + data + self.config[offset + len(data) :]
-            try:
-                self._send_config(self.talk(), offset, data)
-            except BackendError as err:
-                self.drop(str(err))
-
-    @staticmethod
-    def _send_config(talk: Conversation, offset: int, data: bytes) -> None:
-        talk.tell(wire.SET_CONFIG, wire.CONFIG.pack(offset, len(data), 0) + data)
 
     # --- what the back end does by itself
 

@@ -35,11 +35,9 @@ SET_VRING_CALL: Final = 13
 SET_VRING_ERR: Final = 14
 GET_PROTOCOL_FEATURES: Final = 15
 SET_PROTOCOL_FEATURES: Final = 16
-GET_QUEUE_NUM: Final = 17
 SET_VRING_ENABLE: Final = 18
 SET_BACKEND_REQ_FD: Final = 21
 GET_CONFIG: Final = 24
-SET_CONFIG: Final = 25
 GET_INFLIGHT_FD: Final = 31
 SET_INFLIGHT_FD: Final = 32
 
@@ -71,7 +69,6 @@ MAX_CONFIG_BYTES: Final = 256
 INFLIGHT: Final = struct.Struct("<QQHH")  # bytes, offset, queues, entries of a queue
 # libvhost-user takes the structure with the padding of a C compiler, and nothing else.
 INFLIGHT_PADDING: Final = bytes(4)
-VRING_INDEX_MASK: Final = 0xFF
 
 # The largest that a back end may send: a config space. So no length of its own sizes a buffer.
 MAX_REPLY_BYTES: Final = CONFIG.size + MAX_CONFIG_BYTES

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.hosteld import is_running
 from lab.rest import ApiFailure, Json
 from tests.support import tiny_kernel as tiny
-from tests.support.hostel import Hostel, is_locked, is_running, kill
+from tests.support.hostel import Hostel, is_locked, kill
 from tests.support.processes import back_ends
 from tests.support.storage_daemon import StorageDaemon, make_image, run_qmp
 
@@ -145,6 +146,19 @@ def test_back_end_that_cannot_come_back_is_given_up_and_told(hostel: Hostel, ima
     assert hostel.api.vm(name)["state"] == "running"
     hostel.delete(name)
     assert back_ends(hostel) == set()
+
+
+def test_loss_is_told_once_though_its_worker_dies_too(hostel: Hostel, image: Path) -> None:
+    name = run(hostel, image)
+    image.unlink()
+    (pid,) = back_ends(hostel)
+    kill(pid)
+    wait(lambda: bool(events(hostel, name, "lost")), "no word of it")
+    kill(hostel.api.vm(name)["pid"])
+    hostel.api.wait_state(name, "crashed", limit_s=LIMIT_S)
+    time.sleep(0.5)  # more than most of the waits between attempts
+    assert len(events(hostel, name, "lost")) == 1
+    hostel.delete(name)
 
 
 def test_back_end_that_is_stopped_is_killed_with_its_vm(hostel: Hostel, image: Path) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from lab.errors import LabError
-from lab.hosteld import Hosteld
+from lab.hosteld import Hosteld, is_running
 from lab.rest import ApiFailure
 from tests.support import tiny_kernel as tiny
-from tests.support.hostel import Hostel, has_tap, is_locked, is_running, kill
+from tests.support.hostel import Hostel, has_tap, is_locked, kill, name_of
 
 QUIET = tiny.boot_timer() + tiny.HALT
 BUSY = tiny.boot_timer() + tiny.SPIN
@@ -55,13 +55,17 @@ def test_a_worker_killed_while_stopping_ends_the_stop(hostel: Hostel) -> None:
     hostel.delete(name)
 
 
+def _with_a_vm(hostel: Hostel) -> list[int]:
+    return [pid for pid in hostel.workers() if name_of(pid).startswith("vm-")]
+
+
 def test_a_worker_killed_while_starting_is_told(hostel: Hostel) -> None:
     """Killed as soon as it is seen, wherever in its start that is."""
     name = hostel.create(QUIET, vcpus=16, memory_mib=64)
     hostel.api.request("POST", f"/v1/vms/{name}/start?wait=0")
-    while not (pids := hostel.workers()) and hostel.api.vm(name)["state"] != "running":
+    while not (pids := _with_a_vm(hostel)) and hostel.api.vm(name)["state"] != "running":
         continue
-    kill(next(iter(pids)) if pids else hostel.api.vm(name)["pid"])
+    kill(pids[0] if pids else hostel.api.vm(name)["pid"])
     vm = hostel.api.wait_vm(name, lambda vm: vm["state"] != "starting", "past starting")
     vm = hostel.api.wait_vm(name, lambda vm: vm["pid"] is None, "ended", limit_s=10)
     assert vm["reason"]["code"] == "worker_killed"

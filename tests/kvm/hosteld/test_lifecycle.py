@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lab.hosteld import is_running
 from lab.rest import ApiFailure, Console, Json
 from tests.support import tiny_kernel as tiny
-from tests.support.hostel import Hostel, has_tap, is_running
+from tests.support.hostel import Hostel, has_tap
 
 # Long enough between two dots that a pause falls between them, short enough not to wait for.
 TICKING = tiny.boot_timer() + tiny.forever(tiny.say(".") + tiny.delay(20_000))

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
+from lab.hosteld import is_running
 from lab.rest import ApiFailure, Json
 from tests.support import tiny_kernel as tiny
-from tests.support.hostel import Hostel, is_running
+from tests.support.hostel import Hostel
 
 CONTROL, COUNTDOWN, LEFT = 0x5E0, 0x5E4, 0x5E8
 # The shortest that there is: a second.

@@ -69,7 +69,7 @@ def test_missing_program_is_named_with_its_package(monkeypatch: pytest.MonkeyPat
 def test_share_without_root_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(HostFailure, match="run hosteld as root"):
-        backend_tools.virtiofsd(ShareRecord("src", "/srv", False), 99)
+        backend_tools.virtiofsd("/usr/libexec/virtiofsd", ShareRecord("src", "/srv", False), 99)
 
 
 @pytest.mark.parametrize(

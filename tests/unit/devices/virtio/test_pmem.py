@@ -67,11 +67,14 @@ class Rig:
     def ask(self, *numbers: int, kind: int = 0, room: int = 4) -> None:
         """Offer flushes, each with descriptors and memory of its own, and kick once."""
         for number in numbers:
-            gpa = REQUEST_GPA + number * SLOT_BYTES
-            self.machine.memory.write(gpa, struct.pack("<II", kind, 0xFFFFFFFF))
-            self.machine.post(0, [(gpa, 4, False), (gpa + 4, room, True)], head=2 * number)
+            self.post(number, kind, room)
         self.machine.kick(0)
         self.machine.loop.dispatch()
+
+    def post(self, number: int, kind: int, room: int) -> None:
+        gpa = REQUEST_GPA + number * SLOT_BYTES
+        self.machine.memory.write(gpa, struct.pack("<II", kind, 0xFFFFFFFF))
+        self.machine.post(0, [(gpa, 4, False), (gpa + 4, room, True)], head=2 * number)
 
     def outcome(self, number: int) -> int:
         raw = self.machine.memory.read(REQUEST_GPA + number * SLOT_BYTES + 4, 4)
@@ -221,6 +224,16 @@ def test_malformed_request_ends_the_device(
     rig.ask(0, kind=kind, room=room)
     rig.machine.loop.dispatch()
     assert rig.machine.status & NEEDS_RESET
+
+
+def test_malformed_request_does_not_hold_a_pause_up(
+    make_rig: Callable[..., Rig], disk: Disk
+) -> None:
+    rig = make_rig()
+    rig.post(0, 0, 4)
+    rig.ask(1, kind=7)
+    rig.device.quiesce()
+    assert (rig.machine.used(0), disk.syncs) == ([(0, 4)], 1)
 
 
 def test_other_devices_of_the_guest_can_write_to_it(

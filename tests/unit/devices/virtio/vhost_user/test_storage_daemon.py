@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from devices.virtio.vhost_user import device as device_module
 from devices.virtio.vhost_user.device import VhostUserBlk
 from devices.virtio.vhost_user.link import Link
 from tests.support.storage_daemon import DEADLINE_S, StorageDaemon, make_image
@@ -189,6 +190,35 @@ def test_quiesce_waits_for_what_is_in_flight_and_resume_goes_on(
     rig.disk.resume()
     assert rig.wait_used(1) == [0]
     assert rig.data(0) == bytes([5]) * 512
+
+
+def test_pause_that_gives_up_leaves_the_rings_as_they_were(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "QUIESCE_TIMEOUT_S", 0.05)
+    rig = make_rig()
+    start(rig)
+    for sector in range(3):
+        rig.do(WRITE, sector, b"x" * 512)
+    rig.submit(0, READ, 1)  # and no kick, so nobody takes it
+    with pytest.raises(TimeoutError, match="still has requests in flight"):
+        rig.disk.quiesce()
+    rig.kick()
+    assert rig.wait_used(1) == [0]
+    assert rig.data(0) == b"x" * 512
+    assert (rig.machine.used(0), rig.lost) == ([], [])
+
+
+def test_guest_that_writes_to_the_config_space_changes_nothing(
+    make_rig: Callable[..., Rig],
+) -> None:
+    rig = make_rig()
+    start(rig)
+    before = rig.disk.config_space()
+    for at in range(VhostUserBlk.CONFIG_BYTES):
+        rig.machine.write(0x2000 + at, 1, 0xFF)
+    assert (rig.disk.config_space(), rig.lost) == (before, [])
+    assert rig.do(READ, 0) == bytes(512)
 
 
 def test_guest_may_reset_and_start_its_device_again(make_rig: Callable[..., Rig]) -> None:

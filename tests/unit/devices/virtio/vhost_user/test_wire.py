@@ -81,7 +81,7 @@ def test_back_end_that_does_not_read_is_given_up_on(
 ) -> None:
     talk, _ = pair
     with pytest.raises(BackendError, match="did not take"):
-        talk.tell(wire.SET_CONFIG, bytes(1 << 24))
+        talk.tell(wire.SET_MEM_TABLE, bytes(1 << 24))
 
 
 def test_back_end_that_refuses_is_named(pair: tuple[Conversation, socket.socket]) -> None:

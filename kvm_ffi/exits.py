@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""Which vCPU exits come to Python, and what they are called."""
+"""Which vCPU exits come to Python, and what they are called.
+
+Source: Linux Documentation/virt/kvm/api.rst 5 "The kvm_run structure".
+"""
 
 from __future__ import annotations
 

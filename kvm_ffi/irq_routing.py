@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""The GSI table: which interrupt a global system interrupt number stands for."""
+"""The GSI table: which interrupt a global system interrupt number stands for.
+
+Source: Linux Documentation/virt/kvm/api.rst 4.52 KVM_SET_GSI_ROUTING, 4.24 KVM_CREATE_IRQCHIP.
+"""
 
 from __future__ import annotations
 

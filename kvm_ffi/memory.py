@@ -5,6 +5,8 @@
 The regions lie one after the other in the file, in the order of their addresses,
 so a second process that gets the fd (vhost-user) maps the same layout. The C core
 holds a `struct guest_mem` that is written here once and only read afterwards.
+
+Source: Linux Documentation/virt/kvm/api.rst 4.35 KVM_SET_USER_MEMORY_REGION; memfd_create(2).
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ def install_kick_signal() -> None:
 
     Raises:
         KvmError: sigaction failed.
+
+    Source: Linux Documentation/virt/kvm/api.rst 5 "The kvm_run structure", immediate_exit.
     """
     check("sigaction", lib.vcpu_install_kick_signal())
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""Registers of an x86-64 vCPU as Python values with the UAPI's names, to and from KVM's structs."""
+"""Registers of an x86-64 vCPU as Python values with the UAPI's names, to and from KVM's structs.
+
+Source: Linux Documentation/virt/kvm/api.rst 4.11 KVM_GET_REGS, 4.13 KVM_GET_SREGS.
+"""
 
 from __future__ import annotations
 

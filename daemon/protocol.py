@@ -147,13 +147,14 @@ class VsockSpec:
     """A virtio-vsock device.
 
     Attributes:
-        fds: a listening Unix socket, and the directory of those that the guest connects to.
-        socket_name: of the sockets in the directory, up to the "_".
+        fds: a listening Unix socket, and the directory of those that the guest connects to; or
+            /dev/vhost-vsock alone, which knows the CID.
+        socket_name: of the sockets in the directory, up to the "_"; None with vhost.
     """
 
     cid: int
     fds: tuple[int, ...]
-    socket_name: str
+    socket_name: str | None
 
     @classmethod
     def decode(cls, args: dict[str, Any]) -> VsockSpec:

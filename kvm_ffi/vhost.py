@@ -3,13 +3,14 @@
 """vhost: a thread of the kernel serves virtqueues on behalf of this process.
 
 It takes kicks from the ioeventfds and interrupts by the irqfds that an engine of ours would use, so
-no packet comes by here. It has an owner, whose memory it works on.
+nothing that a guest sends comes by here. It has an owner, whose memory it works on.
 
-Source: Linux include/uapi/linux/vhost.h, drivers/vhost/vhost.c and net.c.
+Source: Linux include/uapi/linux/vhost.h, drivers/vhost/vhost.c, net.c and vsock.c.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -104,11 +105,12 @@ class VhostDevice:
         """Give a ring a descriptor, or with NO_FD take one away."""
         ioctl_ptr(self.fd, request, ffi.new("struct vhost_vring_file *", [index, fd]))
 
-    def vring_base(self, index: int) -> int:
-        """Return the next entry of a ring that does not run."""
+    def take_back(self, index: int, vring: Vring) -> None:
+        """Have the queue of a ring that does not run go on where vhost stopped."""
         state = ffi.new("struct vhost_vring_state *", [index, 0])
         ioctl_ptr(self.fd, "VHOST_GET_VRING_BASE", state)
-        return int(state.num)
+        # vhost has nothing in flight then, so both indices are the same.
+        vring.queue.restore(VirtqueueState(int(state.num), int(state.num)))
 
     def release(self) -> None:
         """End its thread and forget everything; the descriptor can be used again."""
@@ -169,9 +171,7 @@ class VhostNet(DataPath):
         """Take the tap away: what is in flight is finished in the ioctl, kicks wait."""
         for index, vring in enumerate(self._vrings):
             self._device.set_file("VHOST_NET_SET_BACKEND", index, NO_FD)
-            # vhost hands back what it popped and did not use, so both indices are the same.
-            base = self._device.vring_base(index)
-            vring.queue.restore(VirtqueueState(base, base))
+            self._device.take_back(index, vring)
 
     def resume(self) -> None:
         """Give the tap back; vhost looks at it, and for the kick at the ring."""
@@ -193,6 +193,72 @@ class VhostNet(DataPath):
         if self._is_owned:
             self._is_owned = False
             self._device.release()
+
+
+class VhostVsock(DataPath):
+    """The receive and the transmit queue of a vsock device, served by vhost-vsock.
+
+    vhost-vsock cannot be given up as vhost-net can: the process that owns it owns it until the
+    descriptor is closed. So the next one of the same process takes it over as it is.
+
+    Args:
+        fd: /dev/vhost-vsock, which knows the guest's CID; stays the caller's.
+        memory: the guest's RAM; must stay open until stop().
+        features: negotiated bits that VhostDevice.features() has.
+        vrings: the receive and the transmit queue.
+        fault: signalled when the driver breaks a ring; vhost goes on with the next kick.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        memory: GuestMemory,
+        *,
+        features: int,
+        vrings: Sequence[Vring],
+        fault: EventFd,
+    ) -> None:
+        self._device = VhostDevice(fd)
+        self._vrings = tuple(vrings)
+        self._keepalive = (memory, fault)
+        try:
+            self._device.own()
+        except KvmError as err:
+            if err.errno != errno.EBUSY:
+                raise
+        self._device.set_up(memory, features)
+        for index, vring in enumerate(self._vrings):
+            self._device.set_vring(index, vring, fault)
+
+    @property
+    def fault(self) -> EngineFault:
+        """RING: vhost signals for nothing else, once asked."""
+        return EngineFault.RING
+
+    def quiesce(self) -> None:
+        """Have the kernel stop: the packet in hand is finished in the ioctl, the others wait."""
+        self._set_running(0)
+        for index, vring in enumerate(self._vrings):
+            self._device.take_back(index, vring)
+
+    def resume(self) -> None:
+        """Let the kernel go on, with what came meanwhile from either side."""
+        self._set_running(1)
+        for vring in self._vrings:
+            vring.kick.signal()
+
+    def stop(self) -> None:
+        """Serve no more; when this returns, vhost touches guest memory no more."""
+        self._set_running(0)
+
+    def close(self) -> None:
+        """Do nothing: the descriptor is the caller's, and closing it is what ends vhost."""
+
+    def _set_running(self, is_running: int) -> None:
+        ioctl_ptr(self._device.fd, "VHOST_VSOCK_SET_RUNNING", ffi.new("int *", is_running))
 
 
 def _hva(pointer: CData) -> int:

@@ -10,7 +10,7 @@ A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=
 place of a tap.
 Persistent memory: ``ID=/FILE``, then perhaps ``,ro``.
 A console port: ``NAME``, then perhaps ``,console``.
-A vsock device: ``auto`` or ``unix``, then ``,cid=N`` if it is to be a certain one.
+A vsock device: ``auto``, ``unix`` or ``vhost``, then ``,cid=N`` if it is to be a certain one.
 """
 
 from __future__ import annotations

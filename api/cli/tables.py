@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..models.devices import Vsock
 from ..models.resources import Check, Event, Host, Image, Kernel, Operation
 from ..models.vms import Nic, Vm, VmStats
 
@@ -82,6 +83,10 @@ def _nic(nic: Nic) -> str:
     return "  ".join(part for part in (nic.mac, nic.tap or nic.socket, nic.bridge) if part)
 
 
+def _vsock(vsock: Vsock) -> str:
+    return f"cid {vsock.cid}  {vsock.path or vsock.backend}"
+
+
 def show_vms(vms: Sequence[Vm]) -> None:
     """Print VMs, one a line."""
     rows = (
@@ -107,7 +112,7 @@ def show_vm(vm: Vm) -> None:
         *((f"disk {disk.id}", f"{_size(disk.size_bytes)}  {disk.path}") for disk in vm.disks),
         *((f"nic {nic.id}", _nic(nic)) for nic in vm.nics),
         *((f"share {share.tag}", share.path) for share in vm.shares),
-        *([] if vm.vsock is None else [("vsock", f"cid {vm.vsock.cid}  {vm.vsock.path}")]),
+        *([] if vm.vsock is None else [("vsock", _vsock(vm.vsock))]),
         *((f"pmem {pmem.id}", f"{_size(pmem.size_bytes)}  {pmem.path}") for pmem in vm.pmem),
         *((f"port {port.name}", port.path) for port in vm.ports),
         *([] if vm.watchdog is None else [("watchdog", vm.watchdog.action)]),

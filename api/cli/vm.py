@@ -57,7 +57,7 @@ Nics = Annotated[
 ]
 Vsock = Annotated[
     str | None,
-    typer.Option(metavar="BACKEND", help="A vsock device: auto or unix, then ,cid="),
+    typer.Option(metavar="BACKEND", help="A vsock device: auto, unix or vhost, then ,cid="),
 ]
 Ports = Annotated[list[str] | None, typer.Option(help="NAME, then perhaps ,console")]
 Pmems = Annotated[list[str] | None, typer.Option(help="ID=/FILE, then perhaps ,ro")]

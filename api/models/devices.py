@@ -58,9 +58,10 @@ class VsockCreate(Request):
         le=MAX_CID,
         description="The guest's own address, unique on this host; left out, hosteld chooses one.",
     )
-    backend: Literal["auto", "unix"] = Field(
+    backend: Literal["auto", "unix", "vhost"] = Field(
         default="auto",
-        description="unix: Unix sockets of the host, one directory for each VM. auto: unix.",
+        description="unix: Unix sockets of the host, one directory for each VM. vhost: the "
+        "kernel's vhost-vsock; programs of the host use AF_VSOCK. auto: unix, on every host.",
     )
 
 
@@ -68,10 +69,10 @@ class Vsock(Response):
     """A virtio-vsock device as it is."""
 
     cid: int
-    backend: Literal["unix"]
-    path: str = Field(
+    backend: Literal["unix", "vhost"]
+    path: str | None = Field(
         description="Of the Unix socket that programs of the host connect to; what the guest "
-        "connects to at port P is the socket at this path with `_P` behind it."
+        "connects to at port P is the socket at this path with `_P` behind it. Null with vhost."
     )
 
 

@@ -206,7 +206,7 @@ async def _open_vsock(vsock: VsockRecord | None, bag: FdBag) -> VsockSpec | None
     if vsock is None:
         return None
     fds = await _in_thread(bag, partial(open_vsock, vsock))
-    return VsockSpec(vsock.cid, fds, SOCKET_NAME)
+    return VsockSpec(vsock.cid, fds, None if vsock.path is None else SOCKET_NAME)
 
 
 async def _open_pmem(pmem: PmemRecord, index: int, bag: FdBag) -> PmemSpec:

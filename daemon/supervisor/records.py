@@ -129,11 +129,11 @@ class ShareRecord:
 
 @dataclass(frozen=True, slots=True)
 class VsockRecord:
-    """A VM's vsock device; ``path`` is that of the socket for programs of the host."""
+    """A VM's vsock device; ``path`` is that of the socket for programs of the host, if any."""
 
     cid: int
-    backend: Literal["unix"]
-    path: str
+    backend: Literal["unix", "vhost"]
+    path: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -384,6 +384,8 @@ class Planner:
             cid = next(cid for cid in range(FIRST_CID, MAX_CID) if cid not in taken)
         elif cid in taken:
             raise Conflict("cid_taken", f"cid {cid} belongs to VM {taken[cid]}", field="vsock.cid")
+        if wanted.backend == "vhost":
+            return VsockRecord(cid, "vhost", None)
         # auto is unix: it needs no module and no privilege, the socket's path names the VM, file
         # permissions say who may talk to it, and a guest reaches what its own directory holds, and
         # nothing else that listens on the host. And what the host's programs have to speak must

@@ -18,7 +18,7 @@ from devices.virtio.net import VirtioNet
 from devices.virtio.pmem import VirtioPmem
 from devices.virtio.rng import VirtioRng
 from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserFs, VhostUserNet
-from devices.virtio.vsock import VirtioVsock
+from devices.virtio.vsock import UnixVirtioVsock, VhostVirtioVsock, VirtioVsock
 from kvm_ffi.blk_engine import IoEngine
 from kvm_ffi.net_tap import Tap
 from kvm_ffi.rate_limiter import RateLimit
@@ -169,7 +169,9 @@ def _make_nic(nic: NicSpec, fds: list[int]) -> VirtioNet:
 
 
 def _make_vsock(vsock: VsockSpec, fds: list[int]) -> VirtioVsock:
-    return VirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
+    if vsock.socket_name is None:
+        return VhostVirtioVsock("vsock0", vsock.cid, *fds)
+    return UnixVirtioVsock("vsock0", vsock.cid, *fds, socket_name=vsock.socket_name)
 
 
 def _make_pmem(pmem: PmemSpec, gpa: int, fds: list[int]) -> VirtioPmem:

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from api.errors import ApiError, Busy, Conflict, Invalid, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
-from api.models.devices import Pmem, Port, Vsock
+from api.models.devices import Pmem, Port, Vsock, VsockCreate
 from api.models.resources import (
     Check,
     Event,
@@ -194,11 +194,7 @@ class FakeService:
             actions=list(ACTIONS[state]),
             disks=[_disk(disk) for disk in request.disks],
             nics=[_nic(nic) for nic in request.nics],
-            vsock=None
-            if request.vsock is None
-            else Vsock(
-                cid=request.vsock.cid or 1000, backend="unix", path="/run/hostel/vsock/1/v.sock"
-            ),
+            vsock=None if request.vsock is None else _vsock(request.vsock),
             pmem=[Pmem(**pmem.model_dump(), size_bytes=2 << 20) for pmem in request.pmem],
             ports=[
                 Port(**port.model_dump(), path=f"/run/hostel/vms/1/ports/{port.name}")
@@ -538,6 +534,12 @@ def _disk(wanted: DiskCreate) -> Disk:
         io_engine=wanted.io_engine,
         rate_limit=wanted.rate_limit,
     )
+
+
+def _vsock(wanted: VsockCreate) -> Vsock:
+    if wanted.backend == "vhost":
+        return Vsock(cid=wanted.cid or 1000, backend="vhost", path=None)
+    return Vsock(cid=wanted.cid or 1000, backend="unix", path="/run/hostel/vsock/1/v.sock")
 
 
 def _nic(wanted: NicCreate) -> Nic:

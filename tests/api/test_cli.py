@@ -66,6 +66,8 @@ def test_a_vsock_device_is_asked_for_and_shown(cli: Cli) -> None:
     cli.run("vm", "create", "web-1", "--kernel", "debian", "--vsock", "unix,cid=7")
     assert cli.json("vm", "show", "web-1")["vsock"]["cid"] == 7
     assert "cid 7  /run/hostel/vsock/1/v.sock" in cli.run("vm", "show", "web-1").stdout
+    cli.run("vm", "create", "web-2", "--kernel", "debian", "--vsock", "vhost,cid=8")
+    assert "cid 8  vhost" in cli.run("vm", "show", "web-2").stdout
 
 
 def test_persistent_memory_is_asked_for_and_shown(cli: Cli) -> None:

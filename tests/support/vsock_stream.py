@@ -35,6 +35,18 @@ def connect(path: Path, port: int) -> socket.socket:
     return stream
 
 
+def connect_by_vhost(cid: int, port: int) -> socket.socket:
+    """Connect to a port of a guest that vhost serves."""
+    stream = socket.socket(socket.AF_VSOCK)
+    try:
+        stream.settimeout(LIMIT_S)
+        stream.connect((cid, port))
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
 def read_exactly(stream: socket.socket, length: int) -> bytes:
     """So many bytes, or fewer where the stream ends before."""
     data = bytearray()

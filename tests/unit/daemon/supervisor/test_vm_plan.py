@@ -122,6 +122,16 @@ def test_every_vm_gets_a_cid_of_its_own(harness: Harness) -> None:
     harness.run(scenario)
 
 
+def test_only_who_asks_for_vhost_gets_it(harness: Harness) -> None:
+    async def scenario(_: Supervisor) -> None:
+        for backend, wanted in (("auto", "unix"), ("unix", "unix"), ("vhost", "vhost")):
+            vsock = (await harness.create(backend, vsock={"backend": backend})).vsock
+            assert vsock is not None
+            assert (vsock.backend, vsock.path is None) == (wanted, wanted == "vhost")
+
+    harness.run(scenario)
+
+
 def test_a_cid_belongs_to_one_vm(harness: Harness) -> None:
     async def scenario(_: Supervisor) -> None:
         await harness.create("a", vsock={"cid": 77})

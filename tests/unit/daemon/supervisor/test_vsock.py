@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from api.errors import HostFailure
+from api.errors import ApiError, HostFailure
 from api.models.vms import Vm, VmAction
+from daemon.supervisor import vsock
+from daemon.supervisor.records import VsockRecord
 from daemon.supervisor.service import Supervisor
 from tests.support.supervisor import CALL, Harness
 
@@ -33,6 +36,7 @@ def harness() -> Iterator[Harness]:
 
 def path_of(vm: Vm) -> Path:
     assert vm.vsock is not None
+    assert vm.vsock.path is not None
     return Path(vm.vsock.path)
 
 
@@ -114,3 +118,37 @@ def test_a_socket_that_cannot_be_bound_fails_the_start_and_says_why(harness: Har
     before = os.umask(0o077)
     harness.run(scenario)
     os.umask(before)
+
+
+def test_a_vm_with_vhost_has_no_directory(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vsock, "_VHOST_DEVICE", "/dev/none")
+
+    async def scenario(supervisor: Supervisor) -> None:
+        vm = await harness.create("a", vsock={"backend": "vhost"})
+        assert vm.vsock is not None
+        assert vm.vsock.path is None
+        assert not harness.layout.vm_vsock(vm.id).exists()
+        with pytest.raises(HostFailure, match="modprobe vhost_vsock") as caught:
+            await harness.act(VmAction.START)
+        assert (caught.value.code, caught.value.field) == ("vhost_unavailable", "vsock.backend")
+        await supervisor.delete_vm("a", False, CALL)
+
+    harness.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EADDRINUSE, "cid_in_use"), (errno.ENOTTY, "vsock_failed")]
+)
+def test_what_vhost_refuses_is_told(
+    monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(vsock, "_VHOST_DEVICE", os.devnull)
+    monkeypatch.setattr("daemon.supervisor.vsock.fcntl.ioctl", refuse)
+    with pytest.raises(ApiError) as caught:
+        vsock.open_vsock(VsockRecord(7, "vhost", None))
+    assert caught.value.code == code

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from devices.virtio.vsock import MAX_CID, MIN_CID, VirtioVsock
+from devices.errors import BackendError
+from devices.virtio.vsock import MAX_CID, MIN_CID, UnixVirtioVsock, VhostVirtioVsock
 from tests.support.vsock_driver import RESPONSE, RST, RW, Packet
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def machine(directory: Path, make_machine: Callable[[VirtioDevice], Machine]) ->
     listener.bind(str(directory / "v.sock"))
     listener.listen()
     directory_fd = os.open(directory, os.O_PATH)
-    device = VirtioVsock("vsock0", CID, listener.detach(), directory_fd, socket_name="v.sock")
+    device = UnixVirtioVsock("vsock0", CID, listener.detach(), directory_fd, socket_name="v.sock")
     machine = make_machine(device)
     machine.enable_memory()
     return machine
@@ -123,4 +124,9 @@ def test_the_event_queue_may_be_kicked(machine: Machine) -> None:
 @pytest.mark.parametrize("cid", [0, MIN_CID - 1, MAX_CID + 1, 1 << 32])
 def test_a_cid_out_of_range_is_refused(cid: int) -> None:
     with pytest.raises(ValueError, match=r"must be 3\.\.4294967294"):
-        VirtioVsock("vsock0", cid, -1, -1, socket_name="v.sock")
+        UnixVirtioVsock("vsock0", cid, -1, -1, socket_name="v.sock")
+
+
+def test_a_descriptor_that_is_no_vhost_is_a_backend_error() -> None:
+    with open(os.devnull, "rb") as file, pytest.raises(BackendError, match="not a vhost device"):
+        VhostVirtioVsock("vsock0", CID, file.fileno())

@@ -11,6 +11,8 @@ import pytest
 from bench.boot import OURS, result
 from bench.common import COLUMNS, Goal, document, interleave, medians, row, show
 from bench.memory import sum_pss
+from bench.vsock import CASES, PEER_NAME
+from bench.vsock import result as vsock_result
 
 SMAPS = """\
 00400000-00401000 r-xp 00000000 fe:00 12 /usr/bin/python3.11
@@ -89,3 +91,12 @@ def test_the_boot_goal_is_set_against_the_fastest_peer() -> None:
         ("qemu fast", "ratio <= 0.50", True),
         ("qemu slow", None, None),
     ]
+
+
+def test_vsock_compares_both_back_ends_with_qemu() -> None:
+    values = {"hostel vhost": 2.0, "hostel unix": 8.0, PEER_NAME: 4.0}
+    samples = {f"{side}/{case}": [value] for case in CASES for side, value in values.items()}
+    rows = vsock_result(samples, "lab")["rows"]
+    assert [each["ratio"] for each in rows] == [0.5, 2.0] * len(CASES)
+    # More MB/s is better, and fewer microseconds.
+    assert [each["met"] for each in rows] == [False, True, False, True, True, False]

@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ ORPHAN_GRACE_S: Final = 1.0
 PROGRAMS: Final = (b"/hosteld", b"daemon.supervisor.main", b"daemon.zygote")
 # What the environment of a back end begins an entry with: daemon/supervisor/backend_processes.py.
 BACK_END_MARK: Final = b"HOSTEL_BACKEND="
+_UCRED: Final = struct.Struct("3i")  # of <linux/socket.h>: pid, uid, gid
 _started: Final[set[int]] = set()  # our own hostelds, which are nobody's orphans
 
 
@@ -139,12 +141,15 @@ class Hosteld:
         return " | ".join(text.strip().splitlines()[-lines:]) or "it logged nothing"
 
     def _answers(self) -> bool:
+        assert self.process is not None
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(os.fspath(self.socket))
             except OSError:
                 return False
-        return True
+            # A program that the last one was about to start has its socket for another moment.
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return bool(_UCRED.unpack(credentials)[0] == self.process.pid)
 
 
 def become_reaper() -> None:

@@ -36,6 +36,7 @@ class Config:
         kvm_device: the KVM device node.
         launch_timeout_s: how long a worker may take to build its machine.
         request_timeout_s: how long a worker may take to answer anything else.
+        sync_timeout_s: how long a disk's file may take to become durable when it is swapped.
         stop_grace_s: how long a stopping hosteld waits for running requests.
         events_kept: how many events stay in the database.
         operations_kept: how many ended operations stay in the database.
@@ -53,6 +54,7 @@ class Config:
     kvm_device: str = "/dev/kvm"
     launch_timeout_s: float = 60.0
     request_timeout_s: float = 10.0
+    sync_timeout_s: float = 30.0
     stop_grace_s: float = 10.0
     events_kept: int = 100_000
     operations_kept: int = 1_000
@@ -67,6 +69,7 @@ class Config:
 _RANGES: Final[dict[str, tuple[float, float]]] = {
     "launch_timeout_s": (1, 3600),
     "request_timeout_s": (0.1, 600),
+    "sync_timeout_s": (0.1, 3600),
     "stop_grace_s": (0, 600),
     "events_kept": (1_000, 100_000_000),
     "operations_kept": (10, 1_000_000),

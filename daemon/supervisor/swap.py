@@ -10,8 +10,6 @@ number of the file that it uses: news.py takes that over.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 from dataclasses import replace
 
 from api.errors import ApiError, Conflict, HostFailure, Invalid
@@ -24,12 +22,13 @@ from .store import NewEvent
 from .vm_plan import Planner, own_fields
 from .vm_run import Request, VmRunner
 from .vm_table import VmEntry, VmTable
+from .workers import Ending
 
 
 class Swapper:
     """Swaps the files of disks.
 
-    Threads: the event loop's; files are looked at, opened and synced in others.
+    Threads: the event loop's; files are looked at and opened in others.
     """
 
     def __init__(self, table: VmTable, runner: VmRunner, planner: Planner) -> None:
@@ -52,6 +51,7 @@ class Swapper:
             await self._runner.ask(entry, "status")
             await self._runner.keep_up(entry)
             (disk,) = [known for known in entry.record.disks if known.id == disk.id]
+            await self._write_back(entry, disk)
         elif path == disk.path:
             return
         with own_fields():
@@ -77,8 +77,7 @@ class Swapper:
                     return
                 raise
             if not disk.read_only:
-                await asyncio.to_thread(_write_back, disk.path)
-                await asyncio.to_thread(_sync, bag.fds[0], fresh.path)
+                await self._sync(entry, fresh.path, bag.fds[0])
             await self._table.commit(entry, disks=_with(entry, fresh))
             args = {"disk": disk.id, "swaps": fresh.swaps}
             try:
@@ -90,6 +89,31 @@ class Swapper:
                     await self._table.record(entry, _event(entry, fresh, request))
                 raise
         await self._table.record(entry, _event(entry, fresh, request))
+
+    async def _write_back(self, entry: VmEntry, disk: DiskRecord) -> None:
+        """Have the kernel write what it holds of the file that is to be left.
+
+        The worker does that for good, while the guest and all requests wait for it: this makes it
+        short, and finds out whether the storage hangs. What fails is told by the worker: the kernel
+        tells each descriptor of a lost write once.
+        """
+        if not disk.read_only:
+            await self._runner.syncs.sync(disk.path, _end_of(entry))
+
+    async def _sync(self, entry: VmEntry, path: str, fd: int) -> None:
+        """Make a file durable before a guest goes on with it: it was told that its data is.
+
+        Raises:
+            HostFailure: it cannot be written.
+        """
+        error = await self._runner.syncs.sync(path, _end_of(entry), fd=fd)
+        if error is not None:
+            raise HostFailure("disk_failed", f"{path}: {error}, as it was synced")
+
+
+def _end_of(entry: VmEntry) -> asyncio.Future[Ending]:
+    assert entry.worker is not None
+    return entry.worker.ended
 
 
 def _is_taken(entry: VmEntry, fresh: DiskRecord) -> bool:
@@ -112,32 +136,6 @@ def _check_swappable(disk: DiskRecord) -> None:
             f"disk {disk.id} is {disk.format}: only a raw disk can use another file",
             field="path",
         )
-
-
-def _write_back(path: str) -> None:
-    """Have the kernel write what it holds of a file.
-
-    The worker does that for good, while the guest waits for the disk: this makes it short. It is
-    done through a descriptor of its own, since the kernel tells each of them of a lost write once.
-    """
-    with contextlib.suppress(OSError):  # the worker finds out what that means
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
-
-
-def _sync(fd: int, path: str) -> None:
-    """Make a file durable before a guest goes on with it: it was told that its data is.
-
-    Raises:
-        HostFailure: it cannot be written.
-    """
-    try:
-        os.fdatasync(fd)
-    except OSError as err:
-        raise HostFailure("disk_failed", f"{path}: {err.strerror}, as it was synced") from err
 
 
 def _with(entry: VmEntry, fresh: DiskRecord) -> tuple[DiskRecord, ...]:

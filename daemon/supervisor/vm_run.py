@@ -26,6 +26,7 @@ from . import lifecycle, procfs
 from .backend_recovery import Recovery
 from .config import Config
 from .endings import judge
+from .file_sync import FileSyncs
 from .launch import FdBag, prepare
 from .library import Library
 from .news import compare, counted, last_told, take_over
@@ -73,6 +74,9 @@ class Request:
 class VmRunner:
     """Acts on VMs.
 
+    Attributes:
+        syncs: makes files of disks durable.
+
     Threads: the event loop's.
     """
 
@@ -85,6 +89,7 @@ class VmRunner:
         self._library = library
         self._tasks = tasks
         self._recovery = Recovery(table, pool.backends, tasks)
+        self.syncs = FileSyncs(config.sync_timeout_s)
         self._slots = asyncio.Semaphore(LAUNCHES_PER_CPU * (os.cpu_count() or 1))
 
     # --- start

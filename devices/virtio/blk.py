@@ -300,6 +300,9 @@ class VirtioBlk(EngineDevice):
         Requests under way end on the old file, and what was written there is durable then. What
         the driver was told of the physical block stays: a reset of the machine tells it anew.
 
+        It blocks for as long as the old file takes: whoever asks has it synced before, so that
+        storage that hangs is found out elsewhere.
+
         Args:
             disk_fd: opened as the old one was; owned from now on, unless this fails.
 

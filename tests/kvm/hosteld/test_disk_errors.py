@@ -14,20 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.disk_kernel import BLOCK_BYTES, DiskGuest
+from tests.support.frozen import run
 from tests.support.hostel import Hostel
 
 MIB = 1 << 20
 ROOM_BLOCKS = 4
 OK, IOERR = "0", "1"  # VIRTIO 1.2, 5.2.6
-
-
-def run(*command: str) -> str:
-    """Run a tool of the host, and skip where it does not work."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.CalledProcessError) as err:
-        pytest.skip(f"{command[0]}: {getattr(err, 'stderr', None) or err}")
-    return done.stdout.strip()
 
 
 @pytest.fixture

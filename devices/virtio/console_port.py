@@ -10,6 +10,7 @@ dropped; a console's last ones are kept, since Linux spins until a console has t
 
 from __future__ import annotations
 
+import logging
 import select
 import socket
 from collections import Counter
@@ -17,7 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from devices.ratelimit import GuestLog
 from kvm_ffi.errors import BadDescriptorChain
+from kvm_ffi.timer import Timer
 
 if TYPE_CHECKING:
     from devices.event_loop import EventLoop
@@ -25,12 +28,16 @@ if TYPE_CHECKING:
 
     from .queue import EnabledQueue
 
+log = logging.getLogger(__name__)
+
 PIECE_BYTES: Final = 16 * 1024
 # Linux writes 32 KiB at a time, and splices what a pipe may hold at most, which is this.
 MAX_WRITE_BYTES: Final = 1 << 20
 CONSOLE_BACKLOG_BYTES: Final = 64 * 1024
 # After so many chains the other devices get their turn.
 MAX_CHAINS_A_TURN: Final = 64
+# A connection that cannot be taken for want of descriptors or memory is tried again after this.
+ACCEPT_RETRY_NS: Final = 1_000_000_000
 COUNTERS: Final = ("connections", "received_bytes", "sent_bytes", "dropped_bytes")
 
 Guard = Callable[[Callable[[], None]], None]
@@ -67,8 +74,11 @@ class Port:
         self._tell_open = tell_open
         self._listener = socket.socket(fileno=listener_fd)
         self._listener.setblocking(False)
+        self._retry = Timer()
+        self._is_backing_off = False
+        self._log = GuestLog(log)
         self._loop: EventLoop | None = None
-        self._watched: dict[socket.socket, int] = {}
+        self._watched: dict[int, int] = {}  # events by descriptor
         self._is_held = False
         self._connection: socket.socket | None = None
         self._has_hung_up = False  # the program is gone, and the guest still reads what it left
@@ -100,7 +110,7 @@ class Port:
             return
         self._unwatch_all()
         self._loop = None
-        self._is_held = self._is_guest_open = False
+        self._is_held = self._is_guest_open = self._is_backing_off = False
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -120,6 +130,7 @@ class Port:
     def close(self) -> None:
         """Close the listener, once it has stopped."""
         self._listener.close()
+        self._retry.close()
 
     # --- what happens
 
@@ -152,20 +163,29 @@ class Port:
             self._connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return  # it did not wait
+        except OSError as err:
+            # EMFILE, ENFILE, ENOMEM: the listener stays readable, and would be told of at once.
+            self._log.warning("port %s takes no connection error=%s", self.name, err.strerror)
+            self._is_backing_off = True
+            self._retry.set(ACCEPT_RETRY_NS)
+            self._watch()
+            return
         self._connection.setblocking(False)
         self._counts["connections"] += 1
         self._tell_open(self, True)
         self.pump()
+
+    def _on_retry(self) -> None:
+        self._retry.drain()
+        self._is_backing_off = False
+        self._watch()
 
     def _on_socket(self, connection: socket.socket) -> None:
         if connection is not self._connection:
             return  # closed a moment before
         if not self._wants_input and not self._out:
             # Nothing was asked for, so it says that the other end is gone.
-            if self._is_guest_open and self._in:
-                self._has_hung_up = True
-            else:
-                self._hang_up()
+            self._lose()
         self.pump()
 
     # --- from the host to the guest
@@ -200,6 +220,8 @@ class Port:
         try:
             piece = self._connection.recv(PIECE_BYTES)
         except BlockingIOError:
+            if self._has_hung_up:
+                self._hang_up()  # it does not read, and what it may still write is not waited for
             return False
         except OSError:
             self._hang_up()
@@ -250,7 +272,7 @@ class Port:
             except BlockingIOError:
                 return
             except OSError:
-                self._hang_up()
+                self._lose()
                 return
             self._counts["sent_bytes"] += sent
             del self._out[:sent]
@@ -261,16 +283,28 @@ class Port:
 
     # --- the connection
 
+    def _lose(self) -> None:
+        """The program is gone; what it wrote before is the guest's still."""
+        if not self._is_guest_open or self._is_input_over:
+            self._hang_up()
+            return
+        self._has_hung_up = True
+        self._drop_unread()
+        self._rx.kick.signal()  # for what is left in the socket
+
     def _hang_up(self) -> None:
         """Be ready for the next program."""
         assert self._connection is not None
-        self._unwatch(self._connection)
+        self._unwatch(self._connection.fileno())
         self._connection.close()
         self._connection = None
         self._forget()
+        self._drop_unread()
+        self._tell_open(self, False)
+
+    def _drop_unread(self) -> None:
         if not self.is_console:
             self._drop_out(len(self._out))
-        self._tell_open(self, False)
 
     def _forget(self) -> None:
         self._has_hung_up = self._is_input_over = False
@@ -278,33 +312,34 @@ class Port:
 
     def _watch(self) -> None:
         """Watch for what can be used, and nothing else: it would be told again and again."""
-        wanted: dict[socket.socket, int] = {}
+        wanted: dict[int, tuple[int, Callable[[], None]]] = {}
         if self._loop is None or self._is_held:
             self._unwatch_all()
             return
-        if self._connection is None:
-            wanted[self._listener] = select.EPOLLIN
+        if self._is_backing_off:
+            wanted[self._retry.fd] = (select.EPOLLIN, self._on_retry)
+        elif self._connection is None:
+            wanted[self._listener.fileno()] = (select.EPOLLIN, self._on_listener)
         elif not self._has_hung_up:
             can_read = select.EPOLLIN if self._wants_input else 0
             # With neither, epoll(7) tells a hang-up still.
-            wanted[self._connection] = can_read | (select.EPOLLOUT if self._out else 0)
-        for sock, events in list(self._watched.items()):
-            if wanted.get(sock) != events:
-                self._unwatch(sock)
-        for sock, events in wanted.items():
-            if sock not in self._watched:
-                is_listener = sock is self._listener
-                act = self._on_listener if is_listener else partial(self._on_socket, sock)
-                self._loop.watch(sock.fileno(), events, partial(self._guard, act))
-                self._watched[sock] = events
+            events = can_read | (select.EPOLLOUT if self._out else 0)
+            wanted[self._connection.fileno()] = (events, partial(self._on_socket, self._connection))
+        for fd, events in list(self._watched.items()):
+            if fd not in wanted or wanted[fd][0] != events:
+                self._unwatch(fd)
+        for fd, (events, act) in wanted.items():
+            if fd not in self._watched:
+                self._loop.watch(fd, events, partial(self._guard, act))
+                self._watched[fd] = events
 
-    def _unwatch(self, sock: socket.socket) -> None:
-        if self._watched.pop(sock, None) is not None and self._loop is not None:
-            self._loop.unwatch(sock.fileno())
+    def _unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None and self._loop is not None:
+            self._loop.unwatch(fd)
 
     def _unwatch_all(self) -> None:
-        for sock in list(self._watched):
-            self._unwatch(sock)
+        for fd in list(self._watched):
+            self._unwatch(fd)
 
 
 def _pop(enabled: EnabledQueue) -> DescriptorChain | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices.virtio import console_port
 from devices.virtio.console import PortConfig, VirtioConsole
 
 if TYPE_CHECKING:
@@ -307,6 +309,56 @@ def test_all_of_a_program_that_writes_and_leaves_is_delivered(rig: Rig) -> None:
     assert rig.received(AGENT) == MANY[:50_000]
     assert rig.news()[-1] == (AGENT, OPEN, 0, b"")
     assert rig.connect("agent").send(b"next") == 4
+
+
+def test_all_of_a_program_that_never_read_is_delivered_too(rig: Rig) -> None:
+    rig.control(AGENT, OPEN, 1)
+    program = rig.connect("agent")
+    program.send(MANY[:50_000])
+    rig.settle()
+    while rig.write(AGENT, MANY[: 64 * 1024]):
+        pass
+    program.close()
+    rig.settle()
+    # Its part of the ring is free for what the guest writes next, and drops.
+    assert rig.machine.used(rx_of(AGENT) + 1) != []
+    assert rig.write(AGENT, b"more")
+    assert rig.received(AGENT) == MANY[:50_000]
+    assert rig.news()[-1] == (AGENT, OPEN, 0, b"")
+    assert rig.connect("agent").send(b"next") == 4
+    rig.settle()
+    assert rig.received(AGENT) == b"next"
+
+
+def test_program_that_only_stops_reading_is_hung_up_on(rig: Rig) -> None:
+    rig.control(AGENT, OPEN, 1)
+    program = rig.connect("agent")
+    program.send(b"last words")
+    program.shutdown(socket.SHUT_RD)
+    rig.write(AGENT, b"hello?")
+    assert rig.received(AGENT) == b"last words"
+    assert rig.news()[-1] == (AGENT, OPEN, 0, b"")
+    with pytest.raises(BrokenPipeError):
+        program.send(b"and another thing")
+
+
+def test_connection_that_cannot_be_taken_is_taken_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_port, "ACCEPT_RETRY_NS", 50_000_000)
+    program = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    rig.programs.append(program)
+    lowest_free = os.dup(program.fileno())
+    os.close(lowest_free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        program.connect(str(rig.directory / "agent"))
+        rig.settle()  # raises when the device does not come to rest
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    while not rig.console.port_stats()["agent"]["connections"]:
+        assert rig.machine.loop.dispatch(timeout_s=10)
 
 
 def test_what_a_program_left_is_dropped_when_the_guest_closes_the_port(rig: Rig) -> None:

@@ -147,7 +147,10 @@ def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict
     if status.watchdog_expired > record.watchdog_expired:
         changes["watchdog_expired"] = status.watchdog_expired
         count = status.watchdog_expired - record.watchdog_expired
-        events.append(entry.event("watchdog", action=record.watchdog, count=count))
+        told: dict[str, Any] = {"action": record.watchdog, "count": count}
+        if (error := _watchdog_failure(status)) is not None:
+            told["error"] = error
+        events.append(entry.event("watchdog", **told))
     counts = {disk_id: told["count"] for disk_id, told in status.disk_errors.items()}
     for disk_id, told in status.disk_errors.items():
         if fresh := told["count"] - record.disk_errors.get(disk_id, 0):
@@ -155,6 +158,12 @@ def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict
             error = told["error"]
             events.append(entry.event("disk_error", disk=disk_id, error=error, count=fresh))
     return events, changes
+
+
+def _watchdog_failure(status: Status) -> str | int | None:
+    """Return why what a watchdog is for could not be done."""
+    why = reason_of(status.reason)
+    return why.detail.get("error") if why is not None and why.code == "watchdog" else None
 
 
 def _differs(told: ReasonRecord | None, known: ReasonRecord | None) -> bool:

@@ -49,11 +49,6 @@ class DiskErrors:
         """When to look() again without being called; CLOCK_MONOTONIC."""
         return min((disk.due for disk in self._disks.values() if disk.due), default=None)
 
-    @property
-    def is_due(self) -> bool:
-        """Whether that time has come."""
-        return self.due is not None and time.monotonic() >= self.due
-
     def look(self, devices: Iterable[VirtioBlk], *, is_last: bool = False) -> bool:
         """Look for errors, and return whether there is something new to tell.
 

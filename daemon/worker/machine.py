@@ -9,9 +9,7 @@ import itertools
 import os
 import select
 import socket
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -50,36 +48,12 @@ from ..protocol import MachineSpec, NicWishes
 from . import boot, layout
 from .device_makers import MachineFds, make_with_copies, virtio_devices
 from .device_stats import device_stats
+from .machine_event import MachineEvent
 from .pmem import add_memory
 from .slots import VirtioSlots
 from .vcpus import EXIT_DEFECT, VcpuThreads
 
 _generations = itertools.count(1)
-
-
-@dataclass(frozen=True, slots=True)
-class MachineEvent:
-    """Something that the guest did, or that happened to it.
-
-    Attributes:
-        generation: of the Machine it comes from; a reset makes a new one.
-        code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
-            "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error"; or "ejected", and
-            then collect_ejected() has something to do; or "backend_lost"; or "watchdog", as the
-            spec says what is to be done then; or "disk_error", and then disks() have new ones.
-        at_ns: CLOCK_MONOTONIC.
-    """
-
-    generation: int
-    code: str
-    message: str
-    detail: dict[str, Any] = field(default_factory=dict)
-    at_ns: int = field(default_factory=time.monotonic_ns)
-
-    @property
-    def reason(self) -> dict[str, Any]:
-        """Why the VM is in its state from then on, as a Status has it."""
-        return {"code": self.code, "message": self.message, "detail": self.detail}
 
 
 class Machine:

@@ -31,10 +31,11 @@ from ..images.errors import ImageError
 from ..protocol import MachineSpec, NicWishes, Status
 from .console import BoundedLog, decode_input
 from .control import ControlServer, FdHandler
-from .device_makers import MachineFds
-from .disk_errors import DiskErrors
+from .counts import Counts
+from .device_makers import MachineFds, device_status
 from .last_words import write_last_words
-from .machine import Machine, MachineEvent
+from .machine import Machine
+from .machine_event import MachineEvent
 from .settling import Settling
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 MIN_RESET_INTERVAL_S: Final = 1.0
 # hosteld may have given up, or died, between its fork and its launch.
 LAUNCH_TIMEOUT_S: Final = 60.0
+_POLICIES: Final = {"guest_reboot": "on_reboot", "guest_panic": "on_panic"}
 
 
 class Worker:
@@ -63,7 +65,7 @@ class Worker:
         self._selector = selector
         self._facts = facts
         self._settling = Settling(image)
-        self._errors = DiskErrors()
+        self._counts = Counts()
         self._console = BoundedLog(console_fd)
         self._last_words_fd = last_words_fd
         self._machine: Machine | None = None
@@ -117,14 +119,14 @@ class Worker:
             if self._status.state == "empty" and time.monotonic() >= launch_due:
                 self._end("never_launched", "nobody launched a VM in it")
             self._settling.go_on()
-            if self._errors.is_due:
-                self._tell_errors()
+            if self._counts.is_due:
+                self._tell_counts()
         self._teardown()
 
     def _timeout(self, launch_due: float | None) -> float | None:
         """Return the seconds until the main loop must do something by itself."""
-        all_dues = (launch_due, self._reset_due, self._settling.due, self._errors.due)
-        dues = [due for due in all_dues if due is not None]
+        due = (launch_due, self._reset_due, self._settling.due, self._counts.due)
+        dues = [at for at in due if at is not None]
         return max(0.0, min(dues) - time.monotonic()) if dues else None
 
     def _call(self, callback: Callable[[], object]) -> None:
@@ -300,16 +302,8 @@ class Worker:
         self._note_devices()
 
     def _note_devices(self) -> None:
-        if self._spec is None or self._fds is None:
-            return
-        ids = (*(d.id for d in self._spec.disks), *(n.id for n in self._spec.nics))
-        self._status = replace(
-            self._status,
-            devices=ids,
-            next_fd=len(self._fds),
-            backends_lost=self._fds.backends.lost(),
-            swaps={disk.id: disk.swaps for disk in self._spec.disks if not disk.vhost_user},
-        )
+        if self._spec is not None and self._fds is not None:
+            self._status = replace(self._status, **device_status(self._spec, self._fds))
 
     def _on_console_write(self, args: dict[str, Any]) -> dict[str, Any]:
         data = decode_input(str(args.get("data")))
@@ -347,13 +341,11 @@ class Worker:
             self._forget_devices(self._machine.collect_ejected())
             self._tell()
         elif event.code == "disk_error":
-            self._tell_errors()
+            self._tell_counts()
         elif event.code == "guest_poweroff":
             self._end(event.code, event.message)
-        elif event.code == "guest_reboot":
-            self._on_guest_reset(event, self._policy("on_reboot"))
-        elif event.code == "guest_panic":
-            self._on_guest_reset(event, self._policy("on_panic"))
+        elif event.code in _POLICIES:
+            self._on_guest_reset(event, self._policy(_POLICIES[event.code]))
         elif event.code == "watchdog":
             self._on_watchdog(event)
         else:
@@ -369,20 +361,31 @@ class Worker:
     def _on_watchdog(self, event: MachineEvent) -> None:
         if self._machine is None or self._status.state != "running":
             return  # paused or crashed a moment before
-        count = self._status.watchdog_expired + 1
-        self._status = replace(self._status, watchdog_expired=count)
-        self._tell()
+        self._counts.add_watchdog()
         policy = self._policy("watchdog")
         if policy == "pause":
-            self._machine.pause()
-            self._set_state("paused", event.reason)
-        elif policy != "none":
+            state, reason = "paused", event.reason
+            try:
+                self._machine.pause()
+            except TimeoutError as err:
+                state, reason = "running", event.reason_with(f"it cannot be paused: {err}")
+            self._note_state(state, reason)
+            self._look_at_counts(is_last=state == "paused")
+            self._tell()
+            return
+        self._tell_counts()
+        if policy != "none":
             self._on_guest_reset(event, "stop" if policy == "poweroff" else policy)
 
-    def _tell_errors(self) -> None:
-        if self._machine is not None and self._errors.look(self._machine.disks()):
-            self._status = replace(self._status, disk_errors=self._errors.told)
+    def _tell_counts(self) -> None:
+        if self._look_at_counts():
             self._tell()
+
+    def _look_at_counts(self, *, is_last: bool = False) -> bool:
+        machine = self._machine
+        is_news = machine is not None and self._counts.look(machine.disks(), is_last=is_last)
+        self._status = replace(self._status, **self._counts.told)
+        return is_news
 
     def _policy(self, name: str) -> str:
         assert self._spec is not None
@@ -422,14 +425,9 @@ class Worker:
             self._facts,
             is_after_watchdog=(self._status.reason or {}).get("code") == "watchdog",
         )
-        self._selector.register(
-            self._machine.serial.output.fd, selectors.EVENT_READ, self._on_console_output
-        )
-        self._selector.register(
-            self._machine.event_loop.fileno(),
-            selectors.EVENT_READ,
-            self._machine.event_loop.dispatch,
-        )
+        output, loop = self._machine.serial.output, self._machine.event_loop
+        self._selector.register(output.fd, selectors.EVENT_READ, self._on_console_output)
+        self._selector.register(loop.fileno(), selectors.EVENT_READ, loop.dispatch)
         self._settling.begin()
         if start:
             self._machine.start()
@@ -443,7 +441,9 @@ class Worker:
             self._console.append(data)
         self._selector.unregister(machine.serial.output.fd)
         self._selector.unregister(machine.event_loop.fileno())
+        disks = machine.disks()
         machine.close()
+        self._counts.look(disks)  # what they have counted since goes with them
 
     def _rebuild(self) -> None:
         """Build the machine anew from the same spec and descriptors: a reset."""
@@ -459,15 +459,14 @@ class Worker:
             log.exception("reset failed")
             self._end("reset_failed", f"{type(err).__name__}: {err}")
             return
-        self._status = replace(self._status, resets=self._status.resets + 1)
+        self._status = replace(self._status, **self._counts.told, resets=self._status.resets + 1)
         self._set_state("paused" if is_paused else "running", self._status.reason)
 
     def _end(self, code: str, message: str) -> None:
         self._is_done = True
         if self._machine is not None:
             self._machine.stop()
-            self._errors.look(self._machine.disks(), is_last=True)
-            self._status = replace(self._status, disk_errors=self._errors.told)
+            self._look_at_counts(is_last=True)
         self._set_state("stopped", {"code": code, "message": message, "detail": {}})
         write_last_words(self._last_words_fd, self._status)
 

@@ -98,21 +98,43 @@ def _serve() -> bytes:
     return code + b"\xb0.\xee"
 
 
-def disk_kernel() -> bytes:
-    """Return the guest's code; it says "up" when its disk is ready."""
-    # 1: mov dx, LSR; in al, dx; test al, 1; jz 1b; mov dx, COM1; in al, dx
-    wait = b"\x66\xba\xfd\x03\xec\xa8\x01\x74\xf7\x66\xba\xf8\x03\xec"
+def disk_kernel(first: bytes = b"", idle: bytes = b"") -> bytes:
+    """Return the guest's code; it says "up" when its disk is ready.
+
+    Args:
+        first: what it does before all else.
+        idle: what it does again and again while it has no request under way.
+    """
+    # 1: (idle); mov dx, LSR; in al, dx; test al, 1; jz 1b; mov dx, COM1; in al, dx
+    wait = idle + b"\x66\xba\xfd\x03\xec\xa8\x01"
+    wait += b"\x74" + struct.pack("<b", -len(wait) - 2) + b"\x66\xba\xf8\x03\xec"
     body = wait + _serve()
-    return _start() + tiny.say("up.") + body + b"\xe9" + struct.pack("<i", -(len(body) + 5))
+    return first + _start() + tiny.say("up.") + body + b"\xe9" + struct.pack("<i", -(len(body) + 5))
 
 
 class DiskGuest:
-    """A VM that runs it, on a disk with id "root": a file, or what the options say."""
+    """A VM that runs it, on a disk with id "root": a file, or what the options say.
 
-    def __init__(self, hostel: Hostel, path: Path | None = None, **how: object) -> None:
+    Args:
+        hostel: where it runs.
+        path: of the file.
+        code: what it runs, if that has something to do besides.
+        vm: options of the VM.
+        how: options of the disk.
+    """
+
+    def __init__(
+        self,
+        hostel: Hostel,
+        path: Path | None = None,
+        *,
+        code: bytes | None = None,
+        vm: Json | None = None,
+        **how: object,
+    ) -> None:
         self.hostel = hostel
         disk = {"id": "root", **({} if path is None else {"path": str(path)}), **how}
-        self.name = hostel.run(disk_kernel(), disks=[disk])
+        self.name = hostel.run(code or disk_kernel(), disks=[disk], **(vm or {}))
         self._starts = 1
         self.follow()
 

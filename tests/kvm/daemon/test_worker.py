@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -16,14 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemon import protocol
-from daemon.protocol import MachineSpec
+from daemon.protocol import DiskSpec, MachineSpec
 from tests.support import tiny_kernel
+from tests.support.disk_kernel import disk_kernel
 
 pytestmark = [
     pytest.mark.kvm,
@@ -86,10 +89,10 @@ class Worker:
                 return answer
         raise AssertionError(f"the worker ended before it answered {op}")
 
-    def launch(self, code: bytes, **changes: Any) -> Json:  # noqa: ANN401 - fields of MachineSpec
-        """Launch a guest that runs ``code``."""
+    def launch(self, code: bytes, *more: int, **changes: Any) -> Json:  # noqa: ANN401 - of MachineSpec
+        """Launch a guest that runs ``code``, with ``more`` descriptors, which are closed."""
         kernel = tiny_kernel.write_elf(self.directory / "kernel", code)
-        fds = (os.open("/dev/kvm", os.O_RDWR), os.open(kernel, os.O_RDONLY))
+        fds = (os.open("/dev/kvm", os.O_RDWR), os.open(kernel, os.O_RDONLY), *more)
         spec = MachineSpec(
             vm_id="test", vcpus=1, memory_bytes=64 << 20, cmdline="", entry="linux64",
             setup_header="", kvm_fd=0, kernel_fd=1, initrd_fd=None, disks=(), nics=(), rng=True,
@@ -209,6 +212,22 @@ def test_panic_is_told_and_the_guest_runs_on(worker: Worker) -> None:
     worker.launch(panic + tiny_kernel.HALT)
     worker.wait_for("running", "guest_panic")
     assert worker.ask("status")["reason"]["code"] == "guest_panic"
+
+
+def test_errors_of_a_disk_outlive_a_reset(worker: Worker) -> None:
+    path = worker.directory / "disk"
+    path.write_bytes(bytes(1 << 20))
+    # A descriptor that cannot write.
+    disk = DiskSpec("root", 2, read_only=False, slot=1)
+    worker.launch(disk_kernel(), os.open(path, os.O_RDONLY), disks=[asdict(disk)])
+    worker.wait_for_console("up.")
+    for number in range(1, 5):
+        worker.ask("console_write", {"data": base64.b64encode(b"A").decode()})
+        worker.wait_for_console("up." + number * "1\x001.")
+    worker.ask("reset")
+    worker.ask("quit")
+    told = worker.wait_for("stopped")["disk_errors"]
+    assert told == {"root": {"count": 4, "error": "EBADF"}}
 
 
 def test_typed_bytes_reach_the_guest(worker: Worker) -> None:

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from lab.hosteld import is_running
 from lab.rest import ApiFailure, Json
 from tests.support import tiny_kernel as tiny
+from tests.support.disk_kernel import DiskGuest, disk_kernel
+from tests.support.frozen import frozen_disk
 from tests.support.hostel import Hostel
 
 CONTROL, COUNTDOWN, LEFT = 0x5E0, 0x5E4, 0x5E8
@@ -69,6 +72,37 @@ def test_pause_keeps_the_guest_for_a_look_and_it_can_go_on(hostel: Hostel) -> No
     assert vm["reason"]["code"] == "watchdog"
     assert hostel.api.act(name, "resume")["state"] == "running"
     assert told(hostel, name) == [{"action": "pause", "count": 1}]
+    hostel.delete(name)
+
+
+def test_a_pause_that_fails_is_told_and_the_guest_runs_on(
+    own_hostel: Hostel, directory: Path
+) -> None:
+    with frozen_disk(directory) as disk:
+        start = tiny.out32(COUNTDOWN, 1) + tiny.out32(CONTROL, 1)
+        code = disk_kernel(first=start, idle=tiny.out32(LEFT, 1))
+        watchdog = {"watchdog": {"action": "pause"}}
+        guest = DiskGuest(own_hostel, disk.path, code=code, vm=watchdog, cache="none")
+        disk.freeze()
+        own_hostel.api.type(guest.name, "A")  # and waits for the disk from here on
+        wait(lambda: told(own_hostel, guest.name), "no event")
+        [event] = told(own_hostel, guest.name)
+        assert (event["action"], event["count"]) == ("pause", 1)
+        assert "cannot be paused: engine still busy" in event["error"]
+        vm = own_hostel.api.vm(guest.name)
+        assert (vm["state"], vm["reason"]["code"]) == ("running", "watchdog")
+        assert event["error"] in vm["reason"]["message"]
+        begin = len(guest.console.text)
+        disk.thaw()
+        guest.console.wait_for(".", after=begin)
+        assert guest.ask("a") == ["0w1"]
+        guest.delete()
+
+
+def test_a_guest_cannot_flood_the_events(hostel: Hostel) -> None:
+    name = run(hostel, "reset")
+    wait(lambda: hostel.console(name).count("started") >= 4, "it does not boot again")
+    assert told(hostel, name) == [{"action": "reset", "count": 1}]
     hostel.delete(name)
 
 

@@ -56,9 +56,8 @@ def test_the_first_is_told_at_once_and_the_rest_a_minute_later(clock: Clock) -> 
     assert errors.told == {"root": {"count": 1, "error": "ENOSPC"}}
     disk.errors = 500
     assert not look(errors, disk)
-    assert not errors.is_due
     clock.now += INTERVAL_S
-    assert errors.is_due
+    assert errors.due == clock.now
     assert look(errors, disk)
     assert errors.told["root"]["count"] == 500
 

@@ -129,9 +129,9 @@ class Api:
         """Have an action done to a VM, and wait for its end."""
         return self.post(f"/v1/vms/{name}/{action}?wait=60", body)
 
-    def type(self, name: str, text: str) -> None:
+    def type(self, name: str, text: str | bytes) -> None:
         """Type into a VM's console; the guest may be slow to read."""
-        data = text.encode()
+        data = text.encode() if isinstance(text, str) else text
         deadline = time.monotonic() + 30
         while data:
             taken = self.post(f"/v1/vms/{name}/console/input", data)["accepted_bytes"]

@@ -4,12 +4,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from daemon.worker import boot, layout
 from kvm_ffi.exits import EXIT_HLT, EXIT_PIO_WRITE, ExitTable
@@ -18,8 +14,6 @@ from kvm_ffi.system import Kvm
 from kvm_ffi.types import Gpa
 from tests.support.tiny_kernel import LOAD_GPA, elf
 
-pytestmark = pytest.mark.kvm
-
 PORT = 0x500
 RAM_BYTES = 16 << 20
 REPORT_EAX = b"\x66\xba\x00\x05\xef"  # mov dx, PORT; out dx, eax
@@ -27,16 +21,6 @@ HLT = b"\xf4"
 LOAD_DS = b"\xb8\x18\x00\x00\x00\x8e\xd8"  # mov eax, __BOOT_DS; mov ds, eax
 READ_HDR_MAGIC = b"\x8b\x86\x02\x02\x00\x00"  # mov eax, [rsi + 0x202]
 READ_START_INFO_MAGIC = b"\x8b\x03"  # mov eax, [ebx]
-
-
-@pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        if os.environ.get("HOSTEL_REQUIRE_KVM"):
-            pytest.fail("/dev/kvm cannot be opened")
-        pytest.skip("/dev/kvm cannot be opened")
-    with Kvm.open() as opened:
-        yield opened
 
 
 def report(kvm: Kvm, tmp_path: Path, code: bytes, entry: str) -> int:

@@ -23,7 +23,6 @@ BRIDGE = f"hbr{os.getpid() % 10_000}"
 SYS = Path("/sys/class/net")
 
 pytestmark = [
-    pytest.mark.kvm,
     pytest.mark.skipif(os.geteuid() != 0, reason="making taps needs root"),
     pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="no /dev/net/tun"),
 ]

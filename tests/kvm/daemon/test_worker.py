@@ -28,14 +28,6 @@ from daemon.protocol import DiskSpec, MachineSpec
 from tests.support import tiny_kernel
 from tests.support.disk_kernel import disk_kernel
 
-pytestmark = [
-    pytest.mark.kvm,
-    pytest.mark.skipif(
-        not os.access("/dev/kvm", os.R_OK | os.W_OK) and not os.environ.get("CI"),
-        reason="no /dev/kvm that this user may open",
-    ),
-]
-
 ROOT = Path(__file__).parents[3]
 DEADLINE_S = 20.0
 Json = dict[str, Any]

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,17 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.hostel import Hostel
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is below this folder, and say why it cannot run where it cannot."""
-    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    for item in items:
-        if Path(__file__).parent not in item.path.parents:
-            continue
-        item.add_marker(pytest.mark.kvm)
-        if not usable and not os.environ.get("CI"):
-            item.add_marker(pytest.mark.skip(reason="no /dev/kvm that this user may open"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.support import tiny_kernel as tiny
 from tests.support.hostel import Hostel, has_tap, is_locked, kill, name_of
 
 QUIET = tiny.boot_timer() + tiny.HALT
+NOBODY = 65534
 BUSY = tiny.boot_timer() + tiny.SPIN
 
 
@@ -120,21 +122,43 @@ def test_a_host_without_kvm_says_so_and_serves_everything_else(directory: Path) 
         hostel.end()
 
 
+class UnprivilegedHosteld(Hosteld):
+    """One whose root is bound by files' modes, as any other user is."""
+
+    @property
+    def argv(self) -> list[str]:
+        return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *super().argv]
+
+
 def test_a_kvm_without_permission_says_what_to_do(directory: Path) -> None:
-    if os.geteuid() == 0:
-        node = directory / "not-kvm"
-        node.write_bytes(b"")
-    else:
+    if os.geteuid() != 0:
         pytest.skip("needs root, to make a device node")
+    node = directory / "kvm"
+    os.mknod(node, 0o600 | stat.S_IFCHR, Path("/dev/kvm").stat().st_rdev)
+    try:
+        os.close(os.open(node, os.O_RDWR))
+    except PermissionError:
+        pytest.skip(f"{directory} is on a file system without device nodes")
+    os.chown(node, NOBODY, NOBODY)
     config = directory / "config.toml"
     config.write_text(f'kvm_device = "{node}"\n')
-    hostel = Hostel(directory, ["--config", str(config)])
+    hostel = Hostel(directory)
+    hostel.daemon = UnprivilegedHosteld(directory, ["--config", str(config)])
     try:
         hostel.start()
+        assert hostel.api.get("/v1/host")["tier"] == "any"
         name = hostel.create(QUIET)
-        with pytest.raises(ApiFailure):
+        with pytest.raises(ApiFailure) as failure:
             hostel.api.act(name, "start")
+        assert (failure.value.status, failure.value.code) == (502, "kvm_permission")
+        detail = failure.value.problem["detail"]
+        assert f"{node}: Permission denied for uid 0" in detail
+        assert "usermod -a -G kvm" in detail
         hostel.wait_workers()
+        # Nothing else was wrong: with the right to open it the same VM runs.
+        os.chown(node, 0, 0)
+        assert hostel.api.act(name, "start")["state"] == "running"
+        hostel.delete(name)
     finally:
         hostel.end()
 

@@ -100,14 +100,31 @@ def test_a_panic_stops_the_guest_if_that_is_wanted(hostel: Hostel) -> None:
     hostel.delete(name)
 
 
+def is_kept_for_a_look(hostel: Hostel, name: str, exit_kind: str) -> Json:
+    """Return a VM that has crashed: its worker lives, tells what happened, and runs no vCPU."""
+    vm = hostel.api.wait_state(name, "crashed")
+    assert vm["pid"] is not None
+    assert is_running(vm["pid"])
+    hostel.wait_workers(vm["pid"])
+    exits = hostel.api.get(f"/v1/vms/{name}/stats")["vcpu_exits"]
+    assert exits[exit_kind] == 1
+    assert hostel.api.get(f"/v1/vms/{name}/stats")["vcpu_exits"] == exits
+    assert hostel.console(name) == "x"
+    return vm
+
+
 def test_a_triple_fault_is_a_crash_that_can_be_started_again(hostel: Hostel) -> None:
     name = hostel.run(tiny.say("x") + tiny.TRIPLE_FAULT)
-    vm = hostel.api.wait_state(name, "crashed")
+    pid = hostel.api.vm(name)["pid"]
+    vm = is_kept_for_a_look(hostel, name, "shutdown")
     assert vm["reason"]["code"] == "triple_fault"
-    assert "start" in vm["actions"]
+    assert vm["pid"] == pid
+    assert set(vm["actions"]) == {"start", "kill"}
+    # A start takes a new worker, and the one that was kept is gone then.
     hostel.api.act(name, "start")
-    hostel.api.wait_state(name, "crashed")
-    assert len(hostel.workers()) <= 1
+    again = hostel.api.wait_state(name, "crashed")
+    assert again["pid"] != pid
+    hostel.wait_workers(again["pid"])
     hostel.delete(name)
     hostel.wait_workers()
 
@@ -117,11 +134,19 @@ def test_an_instruction_that_kvm_lacks_is_told_with_its_place(hostel: Hostel) ->
         pytest.skip("a full host runs every instruction")
     code = tiny.say("x") + b"\x0f\xae\x28"  # xrstor: KVM's emulator has no such thing
     name = hostel.run(code)
-    vm = hostel.api.wait_state(name, "crashed")
+    pid = hostel.api.vm(name)["pid"]
+    vm = is_kept_for_a_look(hostel, name, "internal_error")
+    assert vm["pid"] == pid
     assert vm["reason"]["code"] == "kvm_internal_error"
     detail = vm["reason"]["detail"]
     assert int(str(detail["rip"]), 0) == tiny.LOAD_GPA + len(tiny.say("x"))
     assert str(detail["instruction"]).startswith("0fae28")
+    # A restarted hosteld finds it as it was.
+    hostel.restart()
+    adopted = hostel.api.vm(name)
+    assert (adopted["state"], adopted["pid"], adopted["reason"]) == ("crashed", pid, vm["reason"])
+    assert hostel.api.act(name, "kill")["pid"] is None
+    hostel.wait_workers()
     hostel.delete(name)
 
 

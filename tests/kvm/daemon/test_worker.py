@@ -26,6 +26,7 @@ import pytest
 from daemon import protocol
 from daemon.protocol import DiskSpec, MachineSpec
 from tests.support import tiny_kernel
+from tests.support.descriptors import WORKER_KINDS, held_by
 from tests.support.disk_kernel import disk_kernel
 
 ROOT = Path(__file__).parents[3]
@@ -284,3 +285,8 @@ def test_worker_has_no_capabilities_and_only_its_own_descriptors(worker: Worker)
     fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert {fields[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Bnd")} == {"0" * 16}
     assert fields["NoNewPrivs"] == "1"
+    control = worker.directory / "control.sock"
+    own_files = {str(worker.directory / name) for name in ("console.log", "log", "last_words")}
+    own_files.add(str(worker.directory / "kernel"))
+    sockets = {f"socket listening on {control}", f"socket of {control}"}
+    assert set(held_by(worker.pid)) == own_files | sockets | WORKER_KINDS

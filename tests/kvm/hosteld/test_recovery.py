@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 
 from lab.rest import ApiFailure, Console, Json
 from tests.support import tiny_kernel as tiny
+from tests.support.descriptors import WORKER_KINDS, held_by
 from tests.support.hostel import (
     Hostel,
     has_tap,
@@ -126,14 +126,44 @@ def test_a_start_does_without_a_spare_that_was_killed(own_hostel: Hostel) -> Non
         own_hostel.delete(name)
 
 
+def test_a_spare_worker_holds_nothing_of_any_vm(own_hostel: Hostel) -> None:
+    own_hostel.run(QUIET)
+    held = held_by(spare_of(own_hostel))
+    # The socket that brings a VM is one of a pair: it has no name.
+    mine = {"/dev/null", "memfd:hostel-heap", "own maps", "own pagemap", "own task"}
+    assert set(held) == {*mine, "socket of without a name", str(own_hostel.daemon.log)}
+
+
 def test_a_worker_holds_no_descriptors_but_its_own_vm_s(own_hostel: Hostel) -> None:
-    spare = spare_of(own_hostel)
-    held = sorted(path.readlink().name for path in Path(f"/proc/{spare}/fd").iterdir())
-    unnamed = [re.sub(r":\[\d+\]", "", name) for name in held]
-    # Standard streams; the image and what gives it back; the socket that brings a VM.
-    mine = ["maps", "memfd:hostel-heap (deleted)", "null", "pagemap", "socket", "task"]
-    log = own_hostel.daemon.log.name
-    assert [name for name in unnamed if name != log] == mine
+    hostel, names = own_hostel, []
+    for index in range(2):
+        path = hostel.directory / f"disk-{index}.raw"
+        path.write_bytes(bytes(1 << 20))
+        names.append(
+            hostel.run(
+                QUIET,
+                disks=[{"id": "root", "path": str(path)}],
+                nics=[{"id": "net0", "tap": hostel.tap(f"fds{index}"), "backend": "tap"}],
+            )
+        )
+    for index, name in enumerate(names):
+        vm = hostel.api.vm(name)
+        state = hostel.daemon.state_dir / "vms" / vm["id"]
+        runtime = hostel.daemon.runtime_dir / "vms" / vm["id"]
+        (kernel,) = hostel.daemon.state_dir.glob("kernels/*/vmlinux")
+        control = runtime / "control.sock"
+        mine = {
+            str(state / "worker.log"),
+            str(state / "console.log"),
+            str(runtime / "last_words"),
+            str(kernel),
+            str(hostel.directory / f"disk-{index}.raw"),
+            f"tap {hostel.tap(f'fds{index}')}",
+            f"socket listening on {control}",
+            f"socket of {control}",
+        }
+        assert set(held_by(vm["pid"])) == mine | WORKER_KINDS
+        hostel.delete(name)
 
 
 def test_a_spare_ends_with_its_hosteld(own_hostel: Hostel) -> None:

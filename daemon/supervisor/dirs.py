@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -113,7 +114,13 @@ def _make(path: Path, mode: int, *, parents: bool) -> None:
         else:
             path.chmod(mode)  # the umask has taken from it
     except OSError as err:
-        raise ConfigError(f"{path}: cannot be made: {err.strerror}") from err
+        raise ConfigError(f"{path}: cannot be made: {_what(err)}") from err
+
+
+def _what(err: OSError) -> str:
+    if err.errno == errno.EROFS:
+        return f"{err.strerror}: mount it read-write, or name another directory"
+    return str(err.strerror)
 
 
 def claim_runtime(layout: Layout) -> None:
@@ -138,7 +145,7 @@ def claim_runtime(layout: Layout) -> None:
         fresh.write_text(ours)
         fresh.rename(note)
     except OSError as err:
-        raise ConfigError(f"{note}: {err.strerror}") from err
+        raise ConfigError(f"{note}: {_what(err)}") from err
 
 
 def lock(directory: Path) -> int:
@@ -155,7 +162,7 @@ def lock(directory: Path) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as err:
-        raise ConfigError(f"{path}: {err.strerror}") from err
+        raise ConfigError(f"{path}: {_what(err)}") from err
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(fd, 0)
@@ -166,7 +173,7 @@ def lock(directory: Path) -> int:
         raise DirectoryInUse(f"{directory}: hosteld with pid {holder} runs on it already") from err
     except OSError as err:
         os.close(fd)
-        raise ConfigError(f"{path}: {err.strerror}") from err
+        raise ConfigError(f"{path}: {_what(err)}") from err
     return fd
 
 

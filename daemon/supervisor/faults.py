@@ -16,7 +16,12 @@ from .store import StoreBusy, StoreFailed, StoreFull
 
 log = logging.getLogger(__name__)
 
-_NO_SPACE_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+# What a file system says that takes nothing more, and what helps.
+_REMEDIES: Final = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or raise its quota",
+    errno.EROFS: "mount it read-write",
+}
 
 
 def translate(err: Exception, doing: str) -> ApiError:
@@ -37,12 +42,25 @@ def translate(err: Exception, doing: str) -> ApiError:
     if isinstance(err, ImageError):
         return _image_error(err)
     if isinstance(err, OSError):
-        if err.errno in _NO_SPACE_ERRNOS:
-            return NoSpace("state_dir_full", f"{doing}: {_os_text(err)}; make room")
+        if err.errno in _REMEDIES:
+            return NoSpace("state_dir_full", f"{doing}: {_os_text(err)}; {_REMEDIES[err.errno]}")
         log.error("host failure doing=%r", doing, exc_info=err)
         return HostFailure("host_failure", f"{doing}: {_os_text(err)}")
     log.error("defect doing=%r", doing, exc_info=err)
     return Internal("internal", f"{doing}: a defect of hosteld, its log has the trace")
+
+
+def start_failure(err: WorkerError | OSError, vm: str, message: str) -> ApiError:
+    """Return what a client is told of a start that failed.
+
+    Args:
+        err: what was raised; a file system that takes nothing more is told as such.
+        vm: its name.
+        message: why, as it is kept.
+    """
+    if isinstance(err, OSError) and err.errno in _REMEDIES:
+        return translate(err, f"vm.start {vm}")
+    return HostFailure("start_failed", f"VM {vm}: {message}")
 
 
 def _image_error(err: ImageError) -> ApiError:

@@ -26,6 +26,7 @@ from . import lifecycle, procfs
 from .backend_recovery import Recovery
 from .config import Config
 from .endings import judge
+from .faults import start_failure
 from .file_sync import FileSyncs
 from .launch import FdBag, prepare
 from .library import Library
@@ -238,7 +239,7 @@ class VmRunner:
                 state=entry.record.state.value,
                 allowed=[action.value for action in lifecycle.allowed_actions(entry.record.state)],
             ) from err
-        raise HostFailure("start_failed", f"VM {entry.record.name}: {why.message}") from err
+        raise start_failure(err, entry.record.name, why.message) from err
 
     def watch(self, entry: VmEntry, worker: Worker) -> None:
         """Make a worker a VM's own, and keep up with what it tells and how it ends."""

@@ -16,7 +16,7 @@ import pytest
 
 from lab.errors import LabError
 from lab.hosteld import Hosteld, is_running
-from lab.rest import ApiFailure
+from lab.rest import ApiFailure, Console
 from tests.support import tiny_kernel as tiny
 from tests.support.hostel import Hostel, has_tap, is_locked, kill, name_of
 
@@ -171,7 +171,9 @@ def small_disk(directory: Path) -> Iterator[Path]:
     path = directory / "small"
     path.mkdir()
     options = ["-t", "tmpfs", "-o", "size=8m,mode=755", "tmpfs", str(path)]
-    subprocess.run(["mount", *options], check=True)
+    mount = subprocess.run(["mount", *options], check=False, capture_output=True, text=True)
+    if mount.returncode != 0:
+        pytest.skip(f"mounting is not permitted: {mount.stderr.strip()}")
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
 
@@ -204,6 +206,82 @@ def test_a_full_state_directory_is_told_and_harms_no_guest(
         hostel.api.act(stopped, "start")
         for name in (running, stopped):
             hostel.delete(name)
+    finally:
+        hostel.end()
+
+
+@contextlib.contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """Have a directory on a read-only mount of its file system, for whatever opens it from now on.
+
+    Linux remounts no file system read-only while files on it are open for writing, and hosteld
+    always has some: what it has open stays writable.
+    """
+    subprocess.run(["mount", "--bind", str(path), str(path)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(path)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@pytest.mark.parametrize("has_state", [False, True], ids=["empty", "used before"])
+def test_a_start_on_a_read_only_file_system_says_so(
+    directory: Path, small_disk: Path, has_state: bool
+) -> None:
+    hostel = Hostel(directory)
+    hostel.daemon.state_dir = small_disk / "state"
+    if has_state:
+        hostel.start()
+        hostel.end()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(LabError, match="hosteld ended with status 2") as failure:
+        hostel.start()
+    hostel.end()
+    assert "Read-only file system: mount it read-write" in str(failure.value)
+    assert str(small_disk / "state") in str(failure.value)
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    try:
+        hostel.start()
+        hostel.delete(hostel.run(QUIET))
+    finally:
+        hostel.end()
+
+
+def test_a_state_directory_that_becomes_read_only_is_told_and_harms_no_guest(
+    directory: Path, small_disk: Path
+) -> None:
+    hostel = Hostel(directory)
+    hostel.daemon.state_dir = small_disk / "state"
+    try:
+        hostel.start()
+        running = hostel.run(tiny.say("up") + tiny.echo())
+        stopped = hostel.create(QUIET)
+        kernel = hostel.kernel(tiny.boot_timer() + tiny.SPIN)
+        started = {"name": "later", "kernel": kernel, "memory_mib": 16, "start": True}
+        with read_only(small_disk):
+            refusals = {
+                "a start": lambda: hostel.api.act(stopped, "start"),
+                "a VM that is to start": lambda: hostel.api.post("/v1/vms?wait=60", started),
+                "an import": lambda: hostel.kernel(tiny.SPIN),
+            }
+            for what, request in refusals.items():
+                with pytest.raises(ApiFailure, match="Read-only file system") as failure:
+                    request()
+                assert failure.value.status == 507, what
+                assert "writ" in failure.value.problem["detail"], what  # read-write, writable
+            hostel.api.type(running, "x")
+            Console(hostel.api, running).wait_for("upx")
+            hostel.api.act(running, "pause")
+            assert hostel.api.act(running, "resume")["state"] == "running"
+            assert hostel.api.vm(stopped)["state"] == "stopped"
+        assert hostel.api.act(stopped, "start")["state"] == "running"
+        assert hostel.api.vm(running)["state"] == "running"
+        left = [vm["name"] for vm in hostel.api.get("/v1/vms")["items"]]
+        for name in left:
+            hostel.delete(name)
+        hostel.wait_workers()
+        assert not list((hostel.daemon.state_dir / "vms").iterdir())
     finally:
         hostel.end()
 

@@ -74,6 +74,7 @@ test-api: build
 	$(PYTEST) tests/api
 
 test-fuzz: build
+	@$(BIN)/python -m tests.fuzz.ring_walk --steps 2500000
 	$(PYTEST) tests/fuzz
 
 test-kvm: build
@@ -105,6 +106,7 @@ bench: build guest
 
 # Each target keeps its corpus in .cache/fuzz, so that the next run goes on from there.
 fuzz: build
+	@$(BIN)/python -m tests.fuzz.ring_walk --steps 2500000
 	@for target in $$($(BIN)/python -m tests.fuzz.fuzzing --list); do \
 	   $(BIN)/python -m tests.fuzz.fuzzing $$target --seconds $(FUZZ_SECONDS) || exit 1; done
 

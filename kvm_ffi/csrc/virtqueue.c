@@ -54,8 +54,6 @@ static int append_buffer(struct virtqueue *vq, struct desc_chain *chain,
 	uint32_t n = chain->n_readable + chain->n_writable;
 	void *hva;
 
-	if (!is_writable && chain->n_writable > 0)
-		return -EPROTO; /* VIRTIO 1.2, 2.7.4.2: readable ones come first */
 	if (desc->len > UINT32_MAX - chain->readable_len - chain->writable_len)
 		return -EPROTO;
 	if (desc->len == 0)
@@ -85,9 +83,11 @@ static int walk_chain(struct virtqueue *vq, uint16_t head, struct desc_chain *ch
 	uint32_t index = head;
 	uint32_t left = vq->size;
 	bool in_indirect = false;
+	bool in_writable = false;
 
 	for (;;) {
 		struct vring_desc desc;
+		bool is_writable;
 
 		if (index >= table_len)
 			return -EPROTO;
@@ -105,6 +105,10 @@ static int walk_chain(struct virtqueue *vq, uint16_t head, struct desc_chain *ch
 			index = 0;
 			continue;
 		}
+		is_writable = desc.flags & VRING_DESC_F_WRITE;
+		if (in_writable && !is_writable)
+			return -EPROTO; /* VIRTIO 1.2, 2.7.4.2: readable ones come first */
+		in_writable = is_writable;
 		if (left-- == 0 || append_buffer(vq, chain, &desc) < 0)
 			return -EPROTO;
 		if (!(desc.flags & VRING_DESC_F_NEXT))

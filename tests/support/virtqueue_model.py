@@ -69,6 +69,13 @@ class ModelQueue:
     is_broken: bool = False
     in_flight: int = 0
     seen: int = 0  # avail.idx; looked at again only when all of it has been popped
+    must_interrupt: bool = False
+
+    def restore(self, index: int) -> None:
+        """Go on where another device stopped, with nothing in flight."""
+        self.next_avail = self.next_used = self.published = self.seen = index
+        # Nobody knows what the other one signalled.
+        self.must_interrupt = True
 
     def pop(self) -> ModelChain | None:
         if self.is_broken:
@@ -146,12 +153,15 @@ class ModelQueue:
         self.in_flight -= 1
 
     def publish(self) -> bool:
-        fresh = [(self.published + n) % 65536 for n in range(self.size + 1)]
-        fresh = fresh[: fresh.index(self.next_used)]
+        count = (self.next_used - self.published) % 65536
+        fresh = [(self.published + n) % 65536 for n in range(count)]
         if not fresh:
             return False
         self.memory.write(self.used + 2, struct.pack("<H", self.next_used))
         self.published = self.next_used
+        if self.must_interrupt:
+            self.must_interrupt = False
+            return True
         if self.event_idx:
             # 2.7.7.2: interrupt when the element at used_event is among the new ones.
             return self.memory.u16(self.avail + 4 + 2 * self.size) in fresh

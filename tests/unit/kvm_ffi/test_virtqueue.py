@@ -200,6 +200,11 @@ def test_a_writable_buffer_before_a_readable_one_breaks_the_queue(driver: RingDr
     expect_broken(driver.queue())
 
 
+def test_an_empty_writable_one_before_a_readable_one_breaks_the_queue(driver: RingDriver) -> None:
+    driver.offer(driver.chain([(DATA, 0, WRITE), (DATA, 1, 0)]))
+    expect_broken(driver.queue())
+
+
 def test_lengths_that_overflow_32_bits_break_the_queue() -> None:
     # 16 buffers of 256 MiB are one byte too many for 32 bits; nothing of it is ever touched.
     with GuestMemory([(Gpa(0), 1 << 28)]) as memory:

@@ -158,7 +158,7 @@ class Metrics:
         stats = [answer for answer in answers if answer is not None]
         states = Counter(entry.record.state for entry in self._table)
         registry = CollectorRegistry()
-        registry.register(_Snapshot(list(_metrics(states, stats, len(live) - len(stats)))))
+        registry.register(_Snapshot(list(families(states, stats, len(live) - len(stats)))))
         return generate_latest(registry)
 
 
@@ -181,10 +181,20 @@ _DEVICE_KINDS: Final = {
     "pmem": "Persistent memory",
 }
 
+# Among a disk's counters, and none: they go up and down.
+_LEVELS: Final = frozenset({"in_flight"})
 
-def _metrics(
+
+def families(
     states: Counter[VmState], stats: list[tuple[str, VmStats]], silent: int
 ) -> Iterator[Metric]:
+    """Return what a scrape tells.
+
+    Args:
+        states: how many VMs are in each state.
+        stats: name and counters of each live VM that answered.
+        silent: how many live VMs did not.
+    """
     by_state = GaugeMetricFamily("hostel_vms", "VMs by state.", labels=["state"])
     for state in VmState:
         by_state.add_metric([state.value], states[state])
@@ -204,6 +214,11 @@ def _metrics(
         "Disk counters of one queue by name.",
         labels=["vm", "disk", "queue", "counter"],
     )
+    in_flight = GaugeMetricFamily(
+        "hostel_vm_disk_in_flight",
+        "Requests that a queue's disk has under way.",
+        labels=["vm", "disk", "queue"],
+    )
     latency = HistogramMetricFamily(
         "hostel_vm_disk_latency_seconds",
         "How long requests took, from ring to answer, in all queues.",
@@ -213,13 +228,16 @@ def _metrics(
         for disk, details in one.disk_details.items():
             latency.add_metric([name, disk], _buckets(details), sum_value=None)
             for index, queue in enumerate(details.queues):
+                labels = [name, disk, str(index)]
                 for counter, count in queue.items():
-                    queues.add_metric([name, disk, str(index), counter], count)
+                    if counter not in _LEVELS:
+                        queues.add_metric([*labels, counter], count)
+                in_flight.add_metric(labels, queue.get("in_flight", 0))
         rss.add_metric([name], one.memory_rss_bytes)
         dropped.add_metric([name], one.console_dropped_bytes)
         for kind, count in one.vcpu_exits.items():
             exits.add_metric([name, kind], count)
-    yield from (rss, exits, dropped, queues, latency, _nic_queues(stats))
+    yield from (rss, exits, dropped, queues, in_flight, latency, _nic_queues(stats))
     for kind, text in _DEVICE_KINDS.items():
         yield _devices(kind, text, stats)
 
@@ -239,7 +257,8 @@ def _devices(kind: str, text: str, stats: list[tuple[str, VmStats]]) -> Metric:
         }[kind]
         for device, counters in devices.items():
             for counter, count in counters.items():
-                family.add_metric([name, device, counter], count)
+                if counter not in _LEVELS:
+                    family.add_metric([name, device, counter], count)
     return family
 
 

@@ -8,13 +8,16 @@ import errno
 import functools
 import os
 import threading
+import time
 
 import pytest
 
+from kvm_ffi.blk_engine import IoEngine
 from kvm_ffi.engine import EngineFault
 from kvm_ffi.eventfd import EventFd
-from tests.support.disk import Disk, MakeDisk
+from tests.support.disk import DATA, GET_ID, HEADER, STATUS, Disk, MakeDisk
 from tests.support.engine_thread import running, wait_signal, wait_until
+from tests.support.ring_driver import WRITE
 
 
 def test_event_idx_saves_interrupts(make_disk: MakeDisk) -> None:
@@ -28,11 +31,25 @@ def test_event_idx_saves_interrupts(make_disk: MakeDisk) -> None:
     assert len(disk.driver.take_used()) == 15
 
 
-def test_a_batch_needs_no_more_interrupts_than_publishes(disk: Disk) -> None:
+def test_a_batch_has_one_interrupt(make_disk: MakeDisk, io_engine: IoEngine) -> None:
+    disk = make_disk()
+    # Asked for its name a disk has nothing to wait for, so the batch is what was offered.
+    disk.header(GET_ID)
+    head = disk.driver.chain([(HEADER, 16, 0), (DATA, 20, WRITE), (STATUS, 1, WRITE)])
+    disk.driver.offer(*[head] * 16)
+    began_ns = time.monotonic_ns()
+    assert disk.serve() == 0
+    took_ns = time.monotonic_ns() - began_ns
+    # Threads show what they have after each 50 us: a host that runs them late sees more.
+    more = took_ns // 50_000 if io_engine is IoEngine.THREADS else 0
+    assert 1 <= disk.irq.drain() <= 1 + more
+    assert disk.engine.stats()["get_ids"] == len(disk.driver.take_used()) == 16
+
+
+def test_each_interrupt_is_counted(disk: Disk) -> None:
     disk.offer_reads(16)
     assert disk.serve() == 0
-    assert 1 <= disk.engine.stats()["interrupts"] <= 16
-    assert disk.irq.drain() == disk.engine.stats()["interrupts"]
+    assert disk.irq.drain() == disk.engine.stats()["interrupts"] > 0
 
 
 def test_a_running_engine_serves_kicks_until_stopped(disk: Disk) -> None:

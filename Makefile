@@ -46,7 +46,7 @@ $(VENV)/.apt: Makefile
 
 $(VENV)/.pip: pyproject.toml $(VENV)/.apt
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary atheris -e '.[dev]'
 	@touch $@
 
 # The C core, rebuilt when one of its sources is newer.

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""Builds and runs the fuzz targets of the C core, briefly from pytest or at length by hand.
+"""Builds and runs the fuzz targets, briefly from pytest or at length by hand.
+
+Those of the C core are C; those of parsers in Python run under libFuzzer too, by Atheris.
 
     python -m tests.fuzz.fuzzing virtqueue --seconds 3600
 
@@ -13,12 +15,15 @@ import argparse
 import struct
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
 HERE: Final = Path(__file__).resolve().parent
 CSRC: Final = HERE.parent.parent / "kvm_ffi" / "csrc"
-TARGETS: Final = ("virtqueue", "blk", "net", "vsock", "uart", "exits")
+C_TARGETS: Final = ("virtqueue", "blk", "net", "vsock", "uart", "exits")
+PYTHON_TARGETS: Final = ("net_control", "vhost_user")
+TARGETS: Final = (*C_TARGETS, *PYTHON_TARGETS)
 CORE: Final = (
     *("guest_mem", "virtqueue", "engine", "token_bucket", "io_ring", "net_engine"),
     *("blk_file", "blk_request", "blk_stats", "blk_sync", "blk_ring", "blk_control", "blk_engine"),
@@ -44,20 +49,27 @@ def build(name: str, directory: Path, *, is_fuzzer: bool = True) -> Path:
     return program
 
 
+def target(name: str, directory: Path) -> list[str]:
+    """Return the command that runs a target, built where that is needed."""
+    if name in PYTHON_TARGETS:
+        return [sys.executable, "-m", f"tests.fuzz.fuzz_{name}"]
+    return [str(build(f"fuzz_{name}", directory))]
+
+
 def fuzz(name: str, directory: Path, limits: list[str]) -> None:
     """Run one target on its seeds and a corpus in `directory`.
 
     Raises:
-        CalledProcessError: it found something; the message of the sanitizer is on stderr.
+        CalledProcessError: it found something, and says on stderr what.
     """
-    program = build(f"fuzz_{name}", directory)
     corpus, seeds = directory / f"{name}.corpus", directory / f"{name}.seeds"
     corpus.mkdir(exist_ok=True)
     seeds.mkdir(exist_ok=True)
     for index, seed in enumerate(SEEDS[name]()):
         (seeds / f"{index:02}").write_bytes(seed)
-    command = [str(program), str(corpus), str(seeds), f"-max_len={MAX_INPUT_BYTES}", "-timeout=20",
-               f"-artifact_prefix={directory}/{name}-", "-verbosity=0", *limits]  # fmt: skip
+    command = [*target(name, directory), str(corpus), str(seeds), "-timeout=20", "-verbosity=0",
+               f"-max_len={MAX_INPUT_BYTES}", f"-artifact_prefix={directory}/{name}-",
+               *limits]  # fmt: skip
     subprocess.run(command, check=True)
 
 
@@ -204,6 +216,44 @@ def exits_seeds() -> list[bytes]:
     return [latch + config, ecam, claim + inside + claim + inside, uart]
 
 
+def net_control_seeds() -> list[bytes]:
+    """Each command as a driver sends it."""
+    address = bytes.fromhex("020000000007")
+    tables = struct.pack("<I", 1) + address + struct.pack("<I", 2) + address * 2
+    commands = (b"\0\0\1", b"\0\5\0", b"\1\0" + tables, b"\1\1" + address, b"\2\0\xfe\x0f",
+                b"\2\1\0\0", b"\3\0", b"\4\0\2\0")  # fmt: skip
+    return [struct.pack("<Q", 0x1_00FC_0000) + command for command in commands]
+
+
+def vhost_user_seeds() -> list[bytes]:
+    """An honest back end's messages, for each thing that the target does with them."""
+
+    def message(request: int, payload: bytes, *, flags: int = 5, n_fds: int = 0) -> bytes:
+        data = struct.pack("<III", request, flags, len(payload)) + payload
+        pieces = [data[at : at + 63] for at in range(0, len(data), 63)]
+        sizes = [
+            len(piece) | (n_fds << 6 if index == 0 else 0) for index, piece in enumerate(pieces)
+        ]
+        return b"".join(bytes([size]) + piece for size, piece in zip(sizes, pieces, strict=True))
+
+    def number(request: int, value: int) -> bytes:
+        return message(request, struct.pack("<Q", value))
+
+    change = struct.pack("<III", 2, 9, 0)
+    config = message(24, struct.pack("<III", 0, 60, 0) + bytes(60))
+    # With REPLY_ACK, a request channel and a config space, and with the last alone.
+    full = number(1, 0x1_4000_0000) + number(15, 0x1229) + number(21, 0) + number(3, 0) + config
+    plain = number(1, 0x1_4000_0000) + number(15, 0x200) + config
+    inflight = message(31, struct.pack("<QQHH", 4096, 0, 1, 64), n_fds=1)
+    talk = inflight + number(1, 7) + number(3, 0) + number(1, 8)
+    return [
+        b"\0\5" + change * 3,
+        b"\1" + (b"\x0c" + change) * 2 + b"\3" + change[:3] + b"\x09" + change[3:],
+        *(b"\2" + kind + shake for kind in (b"\0", b"\xff") for shake in (full, plain)),
+        b"\3\x55" + talk * 4,
+    ]
+
+
 SEEDS: Final = {
     "virtqueue": virtqueue_seeds,
     "blk": blk_seeds,
@@ -211,6 +261,8 @@ SEEDS: Final = {
     "vsock": vsock_seeds,
     "uart": uart_seeds,
     "exits": exits_seeds,
+    "net_control": net_control_seeds,
+    "vhost_user": vhost_user_seeds,
 }
 
 
@@ -218,20 +270,20 @@ def main(argv: list[str]) -> int:
     """Fuzz one target until the time is up or something is found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("target", choices=TARGETS, nargs="?")
-    parser.add_argument("--list", action="store_true", help="print the targets")
+    parser.add_argument("--list", action="store_true", help="print what can run here")
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--directory", type=Path, default=Path(".cache/fuzz"))
     parser.add_argument("--input", type=Path, help="run this one input instead")
     options = parser.parse_args(argv)
     if options.list:
-        print(*TARGETS)
+        print(*C_TARGETS, *(PYTHON_TARGETS if find_spec("atheris") else ()))
         return 0
     if options.target is None:
         parser.error(f"name a target: one of {', '.join(TARGETS)}")
     options.directory.mkdir(parents=True, exist_ok=True)
     if options.input is not None:
-        program = build(f"fuzz_{options.target}", options.directory)
-        return subprocess.run([str(program), str(options.input)], check=False).returncode
+        command = [*target(options.target, options.directory), str(options.input)]
+        return subprocess.run(command, check=False).returncode
     fuzz(options.target, options.directory, [f"-max_total_time={options.seconds}"])
     return 0
 

@@ -68,6 +68,10 @@ _ACTION_SUMMARIES: Final[dict[VmAction, str]] = {
     VmAction.RESET: "Press the reset button.",
     VmAction.CTRL_ALT_DEL: "Press Ctrl-Alt-Del.",
 }
+_ACTION_NOTES: Final[dict[VmAction, str]] = {
+    VmAction.CTRL_ALT_DEL: " 409 `guest_ignores_keys`: the keys were lost, since the guest has not"
+    " read those before them, or has its keyboard disabled."
+}
 
 
 def vm_response(request: Request, vm: Vm, status: int = 200) -> Response:
@@ -323,7 +327,8 @@ def _add_actions() -> None:
             _action_route(action),
             methods=["POST"],
             summary=summary,
-            description="409 names the state the VM is in and the actions it allows.",
+            description="409 names the state the VM is in and the actions it allows."
+            + _ACTION_NOTES.get(action, ""),
             responses={
                 **success(Vm, "The VM as it is now.", is_object=True),
                 **accepted(),

@@ -361,7 +361,8 @@ class VmRunner:
         self._check(entry, action, request)
         async with entry.lock:
             self._check(entry, action, request)
-            await self.ask(entry, _OPS[action])
+            reply = await self.ask(entry, _OPS[action])
+            lifecycle.check_typed(entry.record.name, entry.record.state, reply)
             await self.keep_up(entry, request.actor)
 
     async def ask(

@@ -270,7 +270,7 @@ class Machine:
         self._ged.power_button()
 
     def press_ctrl_alt_del(self) -> bool:
-        """Type Ctrl-Alt-Del; False when the guest has its keyboard disabled."""
+        """Type Ctrl-Alt-Del; False when it was lost, as I8042.ctrl_alt_del() tells."""
         return self._keyboard.ctrl_alt_del()
 
     def refresh_disk(self, disk_id: str) -> int:

@@ -211,8 +211,8 @@ class Worker:
         return self._status.encode()
 
     def _on_ctrl_alt_del(self, _args: dict[str, Any]) -> dict[str, Any]:
-        self._need("running").press_ctrl_alt_del()
-        return self._status.encode()
+        is_typed = self._need("running").press_ctrl_alt_del()
+        return {**self._status.encode(), "is_typed": is_typed}
 
     def _on_resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
         machine = self._need("running", "paused", "crashed")

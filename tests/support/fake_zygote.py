@@ -8,6 +8,7 @@ The words of the VM's command line choose how the worker behaves:
     booted, crashed, panicked, rebooted     told right after the launch
     exit-3                                  ends by itself, with a line in its log
     ignore-button, die-on-pause, hang-on-pause, slow-console, bad-stats
+    ignore-keys                             a guest that reads no keys
     hang-up-on-stats                        closes the connection once, and lives
     keep-devices, late-eject                detaches nothing unless forced, or not before it is told
                                             to keep it
@@ -119,6 +120,8 @@ class FakeWorker:
             self.tell(state=states[op], resets=self.status.resets + (op == "reset"))
         elif op == "power_button" and "ignore-button" not in self.moods:
             self.end("guest_poweroff", "the guest powered itself off")
+        elif op == "ctrl_alt_del":
+            return {**self.status.encode(), "is_typed": "ignore-keys" not in self.moods}
         elif op == "quit":
             self.end("killed", "ended on request")
         elif op == "stats":

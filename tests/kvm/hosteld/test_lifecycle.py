@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from devices.legacy.i8042 import CTRL_ALT_DEL, MAX_PENDING_BYTES
 from lab.hosteld import is_running
 from lab.rest import ApiFailure, Console, Json
 from tests.support import tiny_kernel as tiny
@@ -156,6 +157,20 @@ def test_a_reset_boots_the_guest_again(hostel: Hostel) -> None:
     console.wait_for("boot ")
     hostel.api.act(name, "reset")
     console.wait_for("boot boot ")
+    hostel.delete(name)
+
+
+def test_keys_that_the_guest_never_reads_are_refused_when_no_more_fit(hostel: Hostel) -> None:
+    name = hostel.run(QUIET)
+    for _ in range(MAX_PENDING_BYTES // len(CTRL_ALT_DEL)):
+        assert hostel.api.act(name, "ctrl-alt-del")["state"] == "running"
+    with pytest.raises(ApiFailure) as failure:
+        hostel.api.act(name, "ctrl-alt-del")
+    problem = failure.value.problem
+    assert (problem["status"], problem["code"]) == (409, "guest_ignores_keys")
+    assert "use stop or reset" in problem["detail"]
+    hostel.api.act(name, "reset")
+    assert hostel.api.act(name, "ctrl-alt-del")["state"] == "running"
     hostel.delete(name)
 
 

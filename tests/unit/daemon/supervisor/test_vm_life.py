@@ -76,6 +76,18 @@ def test_pause_and_resume(harness: Harness) -> None:
     harness.run(scenario)
 
 
+def test_keys_that_the_guest_lost_are_refused(harness: Harness) -> None:
+    async def scenario(supervisor: Supervisor) -> None:
+        await harness.start("a")
+        assert (await harness.act(VmAction.CTRL_ALT_DEL)).state is VmState.RUNNING
+        await harness.start("b", "ignore-keys")
+        with pytest.raises(Conflict, match="VM b: the guest has not read") as refused:
+            await harness.act(VmAction.CTRL_ALT_DEL, "b")
+        assert (refused.value.code, refused.value.state) == ("guest_ignores_keys", "running")
+
+    harness.run(scenario)
+
+
 def test_a_guest_that_obeys_the_power_button_is_stopped_without_a_reason(harness: Harness) -> None:
     async def scenario(supervisor: Supervisor) -> None:
         await harness.start("a")

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +24,11 @@ from .support import (
 )
 
 if TYPE_CHECKING:
-    from ..models.resources import Check, Event
+    from ..models.resources import DoctorReport, Event
 
-# The doctor boots a guest of a few bytes; it takes well below a second where the host is sound.
-DOCTOR_DEADLINE_S: Final = 30.0
+# The doctor boots a guest of a few bytes; it takes well below a second where the host is sound, and
+# gives up after 40 s.
+DOCTOR_DEADLINE_S: Final = 60.0
 EVENTS_PAGE: Final = 1000
 
 
@@ -77,36 +77,38 @@ def _print_event(event: Event, *, as_json: bool) -> None:
 
 def doctor(context: typer.Context, as_json: Json = False) -> None:
     """Say what this host can do, and what to do about each lack."""
-    checks = _checks(context)
+    report = _report(context)
     if as_json:
-        print(json.dumps([check.model_dump(mode="json") for check in checks], indent=2))
+        print_json(report)
     else:
         from . import tables
 
-        tables.show_checks(checks)
-    if any(check.status == "missing" for check in checks):
+        tables.show_doctor(report)
+    if any(check.status == "missing" for check in report.checks):
         raise typer.Exit(EXIT_API_ERROR)
 
 
-def _checks(context: typer.Context) -> list[Check]:
+def _report(context: typer.Context) -> DoctorReport:
     """Ask the daemon; without one, ask its program."""
     from ..client import HostelClient, Unreachable
     from ..errors import ApiError
+    from ..models.resources import DoctorReport
 
     try:
         with HostelClient(endpoint_of(context)) as client:
-            return client.host().checks
+            found = client.host()
+            return DoctorReport(tier=found.tier, checks=found.checks)
     except ApiError as err:
         fail(describe(err), EXIT_API_ERROR)
     except Unreachable as err:
         print(f"hostel: {err}; asking `hosteld --doctor` instead", file=sys.stderr)
-    return _checks_without_daemon()
+    return _report_without_daemon()
 
 
-def _checks_without_daemon() -> list[Check]:
-    from pydantic import TypeAdapter, ValidationError
+def _report_without_daemon() -> DoctorReport:
+    from pydantic import ValidationError
 
-    from ..models.resources import Check
+    from ..models.resources import DoctorReport
 
     program = _find_hosteld()
     try:
@@ -121,10 +123,8 @@ def _checks_without_daemon() -> list[Check]:
     except subprocess.TimeoutExpired:
         fail(f"{program} --doctor took longer than {DOCTOR_DEADLINE_S:g} s", EXIT_UNREACHABLE)
     try:
-        shown = json.loads(run.stdout)
-        checks = shown["checks"] if isinstance(shown, dict) else shown
-        return TypeAdapter(list[Check]).validate_python(checks)
-    except (ValueError, KeyError, ValidationError):
+        return DoctorReport.model_validate_json(run.stdout)
+    except ValidationError:
         said = run.stderr.decode(errors="replace").strip().splitlines()[-1:]
         reason = said[0] if said else f"exit status {run.returncode}"
         fail(f"{program} --doctor failed: {reason}", EXIT_UNREACHABLE)

@@ -14,10 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..models.devices import Vsock
-from ..models.resources import Check, Event, Host, Image, Kernel, Operation
+from ..models.resources import DoctorReport, Event, Host, Image, Kernel, Operation
 from ..models.vms import Nic, Vm, VmStats
 
 PIPE_COLUMNS: Final = 1000
+_TIERS: Final = {
+    "any": "no KVM that can be used, so no VM runs here",
+    "direct": "KVM interprets ring 0, so tiny guests run here and no stock kernels",
+    "full": "stock kernels run here",
+}
 _STYLES: Final = {
     "running": "green",
     "ok": "green",
@@ -218,7 +223,8 @@ def show_host(host: Host) -> None:
     )
 
 
-def show_checks(checks: Sequence[Check]) -> None:
+def show_doctor(report: DoctorReport) -> None:
     """Print what the host can do, and what to do about each lack."""
-    rows = ((each.name, each.status, each.detail, _text(each.remedy)) for each in checks)
+    rows = ((each.name, each.status, each.detail, _text(each.remedy)) for each in report.checks)
     _print_table(("CHECK", "STATUS", "DETAIL", "REMEDY"), rows)
+    print(f"\ntier: {report.tier}: {_TIERS[report.tier]}")

@@ -100,6 +100,9 @@ class Event(Response):
     data: Json
 
 
+Tier = Literal["any", "direct", "full"]
+
+
 class Check(Response):
     """One thing that this host can or cannot do, and what to do about a lack."""
 
@@ -109,12 +112,19 @@ class Check(Response):
     remedy: str | None
 
 
+class DoctorReport(Response):
+    """What a host can do, as `hosteld --doctor` and `hostel doctor` tell it."""
+
+    tier: Tier
+    checks: list[Check]
+
+
 class Host(Response):
     """The host and the daemon."""
 
     hostname: str
     version: str
-    tier: Literal["any", "direct", "full"] = Field(
+    tier: Tier = Field(
         description="any: no KVM; direct: KVM that interprets ring 0; full: runs stock kernels."
     )
     kernel: str

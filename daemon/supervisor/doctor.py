@@ -8,6 +8,7 @@ capability tells it.
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
@@ -16,19 +17,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from api.errors import ApiError
-from api.models.resources import Check
+from api.models.resources import Check, DoctorReport, Tier
 
 from . import procfs
 from .backend_tools import find_tool
 from .launch import MIB, open_kvm
 
-Tier = Literal["any", "direct", "full"]
-
-# An emulated host takes seconds to start Python.
-PROBE_TIMEOUT_S: Final = 60.0
+# An emulated host takes seconds to start Python. Below what any client gives the whole answer.
+PROBE_TIMEOUT_S: Final = 40.0
 # A processor needs below 1 ns for an instruction, an emulated processor some 10, KVM's emulator
 # 400 and more.
 INTERPRETED_NS: Final = 100.0
@@ -38,7 +37,6 @@ NEEDED_API_VERSION: Final = 12
 NEEDED_CAPABILITIES: Final = (
     "KVM_CAP_USER_MEMORY",
     "KVM_CAP_IRQCHIP",
-    "KVM_CAP_PIT2",
     "KVM_CAP_IRQFD",
     "KVM_CAP_IOEVENTFD",
     "KVM_CAP_IRQ_ROUTING",
@@ -69,14 +67,6 @@ class Probe:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """All checks, and the tier that they amount to."""
-
-    tier: Tier
-    checks: list[Check]
-
-
 def run_probe(kvm_device: str) -> Probe:
     """Measure in a process of its own.
 
@@ -98,7 +88,7 @@ def run_probe(kvm_device: str) -> Probe:
     return Probe(json.loads(done.stdout), None)
 
 
-def examine(kvm_device: str, state_dir: Path, probe: Probe | None) -> Findings:
+def examine(kvm_device: str, state_dir: Path, probe: Probe | None) -> DoctorReport:
     """Check everything.
 
     Args:
@@ -111,20 +101,19 @@ def examine(kvm_device: str, state_dir: Path, probe: Probe | None) -> Findings:
     tier: Tier = "any"
     if kvm.status == "ok" and probe is not None:
         checks += [*_probe_checks(probe)]
-        tier = "direct" if probe.is_interpreted else "full"
+        if probe.measured is not None:
+            tier = "direct" if probe.is_interpreted else "full"
     checks += [
         _check_tun(),
         _check_net_admin(),
-        _check_node("vhost-net", "/dev/vhost-net", "modprobe vhost_net"),
-        _check_node("vhost-vsock", "/dev/vhost-vsock", "modprobe vhost_vsock"),
+        check_node("vhost-net", "/dev/vhost-net", "modprobe vhost_net"),
+        check_node("vhost-vsock", "/dev/vhost-vsock", "modprobe vhost_vsock"),
         *_check_back_ends(),
-        _check_hugepages(),
-        _check_cgroup(),
-        _check_ksm(),
+        *_unused_so_far(),
         _check_memory(),
         _check_state_dir(state_dir),
     ]
-    return Findings(tier, checks)
+    return DoctorReport(tier=tier, checks=checks)
 
 
 def _ok(name: str, detail: str) -> Check:
@@ -180,11 +169,31 @@ def _probe_checks(probe: Probe) -> list[Check]:
     return checks
 
 
-def _check_node(name: str, path: str, remedy: str) -> Check:
+def _node_remedy(path: str) -> str:
+    """Return how this user may be let in at a device node: through its group, if it has one."""
+    node = Path(path).stat()
+    if node.st_gid != 0 and node.st_mode & 0o060 == 0o060:
+        try:
+            return f"usermod -a -G {grp.getgrgid(node.st_gid).gr_name} USER, then log in again"
+        except KeyError:
+            pass  # a group without a name, as in a container
+    return "run hosteld as root"
+
+
+def check_node(name: str, path: str, remedy: str) -> Check:
+    """Say whether a device node that Hostel can do without can be opened.
+
+    Args:
+        remedy: what brings the node, where it is not there.
+    """
     if not Path(path).exists():
         return _warn(name, f"{path} is not there; Hostel does without it", remedy)
     if not os.access(path, os.R_OK | os.W_OK):
-        return _warn(name, f"{path}: no permission for uid {os.geteuid()}", None)
+        return _warn(
+            name,
+            f"{path}: no permission for uid {os.geteuid()}; Hostel does without it",
+            _node_remedy(path),
+        )
     return _ok(name, f"{path} can be opened")
 
 
@@ -209,7 +218,8 @@ def _check_tun() -> Check:
     if not Path(path).exists():
         return _warn("tun", f"{path} is not there: VMs get no network", "modprobe tun")
     if not os.access(path, os.R_OK | os.W_OK):
-        return _warn("tun", f"{path}: no permission for uid {os.geteuid()}", f"chmod 0666 {path}")
+        detail = f"{path}: no permission for uid {os.geteuid()}: VMs get no network"
+        return _warn("tun", detail, f"chmod 0666 {path}")
     return _ok("tun", f"{path} can be opened")
 
 
@@ -225,34 +235,18 @@ def _check_net_admin() -> Check:
     )
 
 
-def _check_hugepages() -> Check:
+def _unused_so_far() -> list[Check]:
+    """Tell what the host has and no VM uses yet: nothing of it is a lack, and nothing to do."""
     free = Path("/proc/meminfo").read_text().partition("HugePages_Free:")[2].split()
-    count = int(free[0]) if free else 0
-    if count:
-        return _ok("hugepages", f"{count} free")
-    return _warn(
-        "hugepages", "none reserved; Hostel does without them so far", "sysctl vm.nr_hugepages=N"
-    )
-
-
-def _check_cgroup() -> Check:
     controllers = Path("/sys/fs/cgroup/cgroup.controllers")
-    if not controllers.exists():
-        return _warn(
-            "cgroup-v2",
-            "the unified hierarchy is not mounted at /sys/fs/cgroup: VMs get no limits",
-            "boot with systemd.unified_cgroup_hierarchy=1",
-        )
-    return _ok("cgroup-v2", f"controllers: {controllers.read_text().strip() or 'none'}")
-
-
-def _check_ksm() -> Check:
-    path = Path("/sys/kernel/mm/ksm/run")
-    if not path.exists():
-        return _warn("ksm", "the kernel has no page sharing (CONFIG_KSM)", None)
-    if path.read_text().strip() == "1":
-        return _ok("ksm", "same pages of guests are shared")
-    return _warn("ksm", "page sharing is off", f"echo 1 > {path}")
+    cgroup = controllers.read_text().strip() if controllers.exists() else "not mounted"
+    ksm = Path("/sys/kernel/mm/ksm/run")
+    sharing = "the kernel has none" if not ksm.exists() else f"run is {ksm.read_text().strip()}"
+    return [
+        _ok("hugepages", f"{free[0] if free else 'none'} free; no VM uses them"),
+        _ok("cgroup-v2", f"{cgroup or 'no controllers'}; hosteld sets no limits"),
+        _ok("ksm", f"{sharing}; no VM offers it pages"),
+    ]
 
 
 def _check_memory() -> Check:
@@ -280,8 +274,7 @@ def main(kvm_device: str, state_dir: Path, *, as_json: bool, write: Callable[[st
     probe = run_probe(kvm_device) if check_kvm(kvm_device).status == "ok" else None
     findings = examine(kvm_device, state_dir, probe)
     if as_json:
-        checks = [check.model_dump() for check in findings.checks]
-        write(json.dumps({"tier": findings.tier, "checks": checks}, indent=2) + "\n")
+        write(findings.model_dump_json(indent=2) + "\n")
     else:
         lines = []
         for check in findings.checks:

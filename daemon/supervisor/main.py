@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run hosteld; returns the exit status."""
     args = parse_args(argv)
     if args.version:
-        from .version import hostel_version
+        from api.version import hostel_version
 
         sys.stdout.write(f"hosteld {hostel_version()}\n")
         return EXIT_OK

@@ -24,6 +24,7 @@ import uvloop
 from api.app import create_app
 from api.problem import request_id
 from api.server import serve as serve_http
+from api.version import hostel_version
 
 from ..errors import WorkerError
 from ..images.errors import StorageError
@@ -35,7 +36,6 @@ from .dirs import Layout
 from .service import Supervisor
 from .store import StoreError, StoreFull
 from .tasks import Tasks
-from .version import hostel_version
 from .zygotes import ZygoteClient
 
 log = logging.getLogger(__name__)

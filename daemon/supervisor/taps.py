@@ -220,8 +220,9 @@ def _attach_error(err: OSError, name: str, field: str) -> ApiError:
     if err.errno in (errno.EPERM, errno.EACCES):
         return HostFailure(
             "tap_permission",
-            f"tap {name}: this hosteld lacks CAP_NET_ADMIN; run it as root, or make the tap first:"
-            f" ip tuntap add {name} mode tap vnet_hdr user $USER && ip link set {name} up",
+            f"tap {name}: this hosteld lacks CAP_NET_ADMIN; run it as root, or have root make a tap"
+            f" for it and name that (--nic net0,tap={name}): ip tuntap add {name} mode tap vnet_hdr"
+            f" user {os.geteuid()} && ip link set {name} up",
             field=field,
         )
     if err.errno == errno.EINVAL:

@@ -297,9 +297,12 @@ def test_host_is_shown(cli: Cli) -> None:
 
 
 def test_doctor_asks_the_daemon_and_names_the_remedy(cli: Cli) -> None:
-    assert "modprobe tun" in cli.run("doctor", code=1).stdout
-    result = cli.run("doctor", "--json", code=1)
-    assert [check["status"] for check in json.loads(result.stdout)] == ["ok", "missing"]
+    shown = cli.run("doctor", code=1).stdout
+    assert "modprobe tun" in shown
+    assert shown.splitlines()[-1].startswith("tier: direct: ")
+    report = json.loads(cli.run("doctor", "--json", code=1).stdout)
+    assert report["tier"] == "direct"
+    assert [check["status"] for check in report["checks"]] == ["ok", "missing"]
 
 
 def fake_hosteld(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,10 +316,12 @@ def test_doctor_asks_the_program_when_no_daemon_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = '{"name": "kvm", "status": "ok", "detail": "API 12", "remedy": null}'
-    fake_hosteld(tmp_path, f"echo '[{check}]'", monkeypatch)
+    report = f'{{"tier": "full", "checks": [{check}]}}'
+    fake_hosteld(tmp_path, f"echo '{report}'", monkeypatch)
     result = CliRunner().invoke(app, ["--socket", str(tmp_path / "none"), "doctor"])
     assert result.exit_code == 0
     assert "API 12" in result.stdout
+    assert "tier: full: stock kernels run here" in result.stdout
     assert "hosteld --doctor" in result.stderr
 
 

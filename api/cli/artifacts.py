@@ -21,7 +21,7 @@ images = group("Import, see and delete disk images and initrds.")
 
 UPLOAD_PIECE_BYTES: Final = 1 << 20
 
-Name = Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9, '-', '.'.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="1 to 63 of a-z, 0-9, '-', '.'.")]
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="A path on the daemon's host.")]
 Ref = Annotated[str, typer.Argument(metavar="NAME", help="Name or id.")]
 Digest = Annotated[str | None, typer.Option(help="Refuse the file if its sha256 differs.")]

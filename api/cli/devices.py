@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .specs import parse_disk, parse_nic
+from .specs import absolute, parse_disk, parse_nic
 from .support import Json, NoWait, print_json, session, settle
 from .vm import Ref, print_outcome, read
 from .vm import app as vm_app
@@ -27,7 +27,7 @@ LetGo = Annotated[
 def grow_disk(
     context: typer.Context,
     vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    disk: Annotated[str, typer.Argument(metavar="DISK", help="The disk's id.")],
     size: Annotated[int, typer.Argument(metavar="MIB", min=1, help="Its new size in MiB.")],
     as_json: Json = False,
 ) -> None:
@@ -47,15 +47,17 @@ def grow_disk(
 def swap_disk(
     context: typer.Context,
     vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
-    path: Annotated[str, typer.Argument(metavar="FILE", help="What it shall use; absolute.")],
+    disk: Annotated[str, typer.Argument(metavar="DISK", help="The disk's id.")],
+    path: Annotated[
+        str, typer.Argument(metavar="FILE", help="What it shall use: a path on the daemon's host.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Put another file behind a disk; a running guest goes on with that."""
     with session(context) as client:
         from ..models.vms import DiskPatch
 
-        patch = read(lambda: DiskPatch(path=path), DiskPatch)
+        patch = read(lambda: DiskPatch(path=absolute(path)), DiskPatch)
         changed = client.patch_disk(vm, disk, patch)
         if as_json:
             print_json(changed)
@@ -68,7 +70,7 @@ def swap_disk(
 def limit_disk(
     context: typer.Context,
     vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    disk: Annotated[str, typer.Argument(metavar="DISK", help="The disk's id.")],
     bps: Annotated[int | None, typer.Option(min=1, help="Bytes per second.")] = None,
     iops: Annotated[int | None, typer.Option(min=1, help="Requests per second.")] = None,
     as_json: Json = False,
@@ -92,7 +94,7 @@ def limit_disk(
 def set_nic(
     context: typer.Context,
     vm: Ref,
-    nic: Annotated[str, typer.Argument(help="The interface's id.")],
+    nic: Annotated[str, typer.Argument(metavar="NIC", help="The interface's id.")],
     link: Annotated[str | None, typer.Option(help="up or down: plug its cable in, or out.")] = None,
     rx_bps: Annotated[int | None, typer.Option(help="Bytes received per second; 0: any.")] = None,
     rx_pps: Annotated[int | None, typer.Option(help="Packets received per second.")] = None,
@@ -122,7 +124,10 @@ def attach_disk(
     context: typer.Context,
     vm: Ref,
     disk: Annotated[
-        str, typer.Argument(help="As vm create --disk has it: ID=/FILE, then ,ro and so on.")
+        str,
+        typer.Argument(
+            metavar="DISK", help="As vm create --disk has it: ID=FILE, then ,ro and so on."
+        ),
     ],
     no_wait: NoWait = False,
     as_json: Json = False,
@@ -141,7 +146,8 @@ def attach_nic(
     context: typer.Context,
     vm: Ref,
     nic: Annotated[
-        str, typer.Argument(help="As vm create --nic has it: ID, then ,tap= and so on.")
+        str,
+        typer.Argument(metavar="NIC", help="As vm create --nic has it: ID, then ,tap= and so on."),
     ],
     no_wait: NoWait = False,
     as_json: Json = False,
@@ -159,7 +165,7 @@ def attach_nic(
 def detach_disk(
     context: typer.Context,
     vm: Ref,
-    disk: Annotated[str, typer.Argument(help="The disk's id.")],
+    disk: Annotated[str, typer.Argument(metavar="DISK", help="The disk's id.")],
     force: Pull = False,
     timeout: LetGo = 10,
     no_wait: NoWait = False,
@@ -174,7 +180,7 @@ def detach_disk(
 def detach_nic(
     context: typer.Context,
     vm: Ref,
-    nic: Annotated[str, typer.Argument(help="The interface's id.")],
+    nic: Annotated[str, typer.Argument(metavar="NIC", help="The interface's id.")],
     force: Pull = False,
     timeout: LetGo = 10,
     no_wait: NoWait = False,

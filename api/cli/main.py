@@ -29,6 +29,14 @@ app.command()(host.host)
 app.command()(host.doctor)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from ..version import hostel_version
+
+        print(f"hostel {hostel_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def place(
     context: typer.Context,
@@ -36,8 +44,15 @@ def place(
         str | None, typer.Option(metavar="PATH", help="The daemon's Unix socket.")
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="The daemon's URL; its token is in HOSTEL_TOKEN.")
+        str | None,
+        typer.Option(metavar="URL", help="The daemon's URL; its token is in HOSTEL_TOKEN."),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
     """Run virtual machines on this host."""
     context.obj = Where(socket=socket, url=url)

@@ -2,19 +2,23 @@
 # Copyright the Hostel authors
 """Reads devices as they are written on a command line.
 
-A disk: ``ID=image:NAME``, ``ID=path:/FILE``, ``ID=/FILE`` or ``ID=nbd://...``, then any of ``,ro
+A disk: ``ID=image:NAME``, ``ID=path:FILE``, ``ID=FILE`` or ``ID=nbd://...``, then any of ``,ro
 ,size=MIB ,format=qcow2|vmdk|vhdx ,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES
-,iops=OPERATIONS``. A share: ``TAG=/DIRECTORY``, then perhaps ``,ro``.
+,iops=OPERATIONS``. A share: ``TAG=DIRECTORY``, then perhaps ``,ro``.
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES
 ,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``, or ``,socket=PATH`` of a vhost-user switch in
 place of a tap.
-Persistent memory: ``ID=/FILE``, then perhaps ``,ro``.
+Persistent memory: ``ID=FILE``, then perhaps ``,ro``.
 A console port: ``NAME``, then perhaps ``,console``.
 A vsock device: ``auto``, ``unix`` or ``vhost``, then ``,cid=N`` if it is to be a certain one.
+
+A path is one of the daemon's host; where it does not begin with ``/`` it is taken from here. A
+disk's file has a ``/`` in it or ``path:`` before it: a bare word is neither a file nor an image.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 _DISK_WORDS: Final = {"format": "format", "cache": "cache", "io": "io_engine"}
@@ -31,19 +35,8 @@ def parse_disk(text: str) -> dict[str, Any]:
     disk_id, equals, rest = text.partition("=")
     source, *options = rest.split(",")
     if not (disk_id and equals and source):
-        raise BadSpec(f"disk {text!r}: write ID=image:NAME or ID=/FILE, such as root=image:debian")
-    disk: dict[str, Any] = {"id": disk_id}
-    kind, colon, value = source.partition(":")
-    if source.startswith("/"):
-        disk["path"] = source
-    elif colon and kind in {"image", "path"}:
-        disk[kind] = value
-    elif kind in {"nbd", "nbd+unix"}:
-        disk["nbd"] = source
-    else:
-        raise BadSpec(
-            f"disk {text!r}: {source!r} must be image:NAME, path:/FILE, /FILE or nbd://..."
-        )
+        raise BadSpec(f"disk {text!r}: write ID=image:NAME or ID=FILE, such as root=image:debian")
+    disk: dict[str, Any] = {"id": disk_id, **_disk_source(text, source)}
     for option in options:
         name, _, value = option.partition("=")
         if option == "ro":
@@ -60,13 +53,29 @@ def parse_disk(text: str) -> dict[str, Any]:
     return disk
 
 
+def _disk_source(text: str, source: str) -> dict[str, str]:
+    kind, colon, value = source.partition(":")
+    if colon and kind == "image":
+        return {"image": value}
+    if colon and kind == "path":
+        return {"path": absolute(value)}
+    if kind in {"nbd", "nbd+unix"}:
+        return {"nbd": source}
+    if "/" in source and "://" not in source:
+        return {"path": absolute(source)}
+    raise BadSpec(
+        f"disk {text!r}: {source!r} must be image:NAME, nbd://..., or a file with a / in it, such"
+        f" as ./{source}"
+    )
+
+
 def parse_share(text: str) -> dict[str, Any]:
     """Return the fields of a ShareCreate."""
     tag, equals, rest = text.partition("=")
     path, *options = rest.split(",")
     if not (tag and equals and path) or options not in ([], ["ro"]):
-        raise BadSpec(f"share {text!r}: write TAG=/DIRECTORY or TAG=/DIRECTORY,ro")
-    return {"tag": tag, "path": path, "read_only": bool(options)}
+        raise BadSpec(f"share {text!r}: write TAG=DIRECTORY or TAG=DIRECTORY,ro")
+    return {"tag": tag, "path": absolute(path), "read_only": bool(options)}
 
 
 def parse_nic(text: str) -> dict[str, Any]:
@@ -79,6 +88,8 @@ def parse_nic(text: str) -> dict[str, Any]:
             known = ", ".join(_NIC_OPTIONS)
             raise BadSpec(f"nic {text!r}: unknown option {option!r}; known: {known}")
         nic[name] = _number(text, name, value) if name in {"mtu", "queues"} else value
+    if nic.get("socket"):
+        nic["socket"] = absolute(nic["socket"])
     return nic
 
 
@@ -87,8 +98,8 @@ def parse_pmem(text: str) -> dict[str, Any]:
     pmem_id, equals, rest = text.partition("=")
     path, *options = rest.split(",")
     if not (pmem_id and equals and path) or options not in ([], ["ro"]):
-        raise BadSpec(f"pmem {text!r}: write ID=/FILE or ID=/FILE,ro")
-    return {"id": pmem_id, "path": path, "read_only": bool(options)}
+        raise BadSpec(f"pmem {text!r}: write ID=FILE or ID=FILE,ro")
+    return {"id": pmem_id, "path": absolute(path), "read_only": bool(options)}
 
 
 def parse_port(text: str) -> dict[str, Any]:
@@ -117,6 +128,11 @@ def parse_label(text: str) -> tuple[str, str]:
     if not equals:
         raise BadSpec(f"label {text!r}: write KEY=VALUE")
     return key, value
+
+
+def absolute(path: str) -> str:
+    """Return a path of the daemon's host as an absolute one; "" is no path and stays."""
+    return str(Path(path).absolute()) if path else path
 
 
 def _number(text: str, name: str, value: str) -> int:

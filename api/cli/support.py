@@ -82,7 +82,8 @@ def session(context: typer.Context) -> Iterator[HostelClient]:
         fail(describe(err), EXIT_API_ERROR)
     except Unreachable as err:
         fail(
-            f"{err}; start it with `hosteld`, or name its socket in HOSTEL_SOCKET",
+            f"{err}; start it with `hosteld` and wait until it says `hosteld ready`, or name its"
+            " socket in HOSTEL_SOCKET",
             EXIT_UNREACHABLE,
         )
 

@@ -48,21 +48,41 @@ Timeout = Annotated[
 # Devices of a new VM, as specs.py reads them.
 Disks = Annotated[
     list[str] | None,
-    typer.Option(help="ID=image:NAME, ID=/FILE or ID=nbd://..., then ,ro ,size= or ,format="),
+    typer.Option(
+        metavar="DISK",
+        help="ID=image:NAME, ID=FILE or ID=nbd://..., then any of ,ro ,size=MIB ,format= ,cache= "
+        ",io= ,bps= ,iops=. Again for more.",
+    ),
 ]
-Shares = Annotated[list[str] | None, typer.Option(help="TAG=/DIRECTORY, then ,ro")]
+Shares = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SHARE", help="TAG=DIRECTORY, then perhaps ,ro. Again for more."),
+]
 Nics = Annotated[
     list[str] | None,
-    typer.Option(help="ID, then ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= ,link= or ,socket="),
+    typer.Option(
+        metavar="NIC",
+        help="ID, then any of ,tap= ,bridge= ,mac= ,mtu= ,backend= ,queues= ,link=, or ,socket=. "
+        "Again for more.",
+    ),
 ]
 Vsock = Annotated[
     str | None,
-    typer.Option(metavar="BACKEND", help="A vsock device: auto, unix or vhost, then ,cid="),
+    typer.Option(
+        metavar="BACKEND", help="A vsock device: auto, unix or vhost, then perhaps ,cid=."
+    ),
 ]
-Ports = Annotated[list[str] | None, typer.Option(help="NAME, then perhaps ,console")]
-Pmems = Annotated[list[str] | None, typer.Option(help="ID=/FILE, then perhaps ,ro")]
+Ports = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PORT", help="NAME, then perhaps ,console. Again for more."),
+]
+Pmems = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PMEM", help="ID=FILE, then perhaps ,ro. Again for more."),
+]
 Watchdog = Annotated[
-    str | None, typer.Option(help="A watchdog that does: reset, poweroff, pause or none.")
+    str | None,
+    typer.Option(metavar="ACTION", help="A watchdog that does: reset, poweroff, pause or none."),
 ]
 
 
@@ -97,7 +117,7 @@ def read(build: Callable[[], W], model: type[W]) -> W:
 @app.command()
 def create(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="1 to 63 of a-z, 0-9, '-', '.'.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="1 to 63 of a-z, 0-9, '-', '.'.")],
     kernel: Annotated[str, typer.Option(help="An imported kernel.")],
     initrd: Annotated[str | None, typer.Option(help="An imported image of kind initrd.")] = None,
     cmdline: Annotated[str | None, typer.Option(help="Kernel command line.")] = None,
@@ -110,7 +130,9 @@ def create(
     port: Ports = None,
     pmem: Pmems = None,
     watchdog: Watchdog = None,
-    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE. Again for more.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL", help="KEY=VALUE. Again for more.")
+    ] = None,
     no_rng: Annotated[bool, typer.Option("--no-rng", help="No virtio-rng device.")] = False,
     on_reboot: Annotated[str, typer.Option(help="reset or stop.")] = "reset",
     on_panic: Annotated[str, typer.Option(help="keep, reset or stop.")] = "keep",
@@ -192,16 +214,30 @@ def set_vm(
     vm: Ref,
     name: Annotated[str | None, typer.Option(help="Its new name.")] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE. Again for more; all others go.")
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="KEY=VALUE. Again for more; all others go."),
     ] = None,
     no_labels: Annotated[bool, typer.Option("--no-labels", help="Remove all labels.")] = False,
     vcpus: Annotated[int | None, typer.Option(help="1 to 16.")] = None,
     memory: Annotated[int | None, typer.Option(metavar="MIB", help="Guest memory in MiB.")] = None,
+    kernel: Annotated[str | None, typer.Option(help="An imported kernel.")] = None,
+    initrd: Annotated[str | None, typer.Option(help="An imported image of kind initrd.")] = None,
     cmdline: Annotated[str | None, typer.Option(help="Kernel command line.")] = None,
+    on_reboot: Annotated[str | None, typer.Option(help="reset or stop.")] = None,
+    on_panic: Annotated[str | None, typer.Option(help="keep, reset or stop.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Change a VM; vCPUs, memory and the command line need a stopped one."""
-    given = {"name": name, "vcpus": vcpus, "memory_mib": memory, "cmdline": cmdline}
+    """Change a VM. All but its name and labels can change only while it is stopped."""
+    given = {
+        "name": name,
+        "vcpus": vcpus,
+        "memory_mib": memory,
+        "kernel": kernel,
+        "initrd": initrd,
+        "cmdline": cmdline,
+        "on_reboot": on_reboot,
+        "on_panic": on_panic,
+    }
     wanted: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if label and no_labels:
         fail("give --label or --no-labels, not both", EXIT_USAGE)

@@ -11,18 +11,28 @@ import re
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from api.cli.main import app
-from api.cli.specs import BadSpec, parse_disk, parse_label, parse_nic, parse_share
+from api.cli.specs import (
+    BadSpec,
+    parse_disk,
+    parse_label,
+    parse_nic,
+    parse_pmem,
+    parse_share,
+)
 from api.models.common import ObjectRef
 from api.models.resources import OperationState
 from api.models.vms import VmState
+from api.version import hostel_version
 from tests.api.live import DEADLINE_S, LiveServer
 
 ROOT = Path(__file__).parents[2]
@@ -105,9 +115,11 @@ def test_a_vsock_device_that_cannot_be_is_a_usage_error(cli: Cli, vsock: str) ->
 def test_vm_is_changed_by_set(cli: Cli) -> None:
     cli.run("vm", "create", "web-1", "--kernel", "debian", "--label", "old=1")
     words = ("--vcpus", "2", "--memory", "64", "--cmdline", "quiet", "--label", "env=prod")
+    words += ("--kernel", "new", "--initrd", "early", "--on-reboot", "stop", "--on-panic", "reset")
     assert cli.run("vm", "set", "web-1", "--name", "web-2", *words).stdout == "web-2 is stopped\n"
     (vm,) = cli.live.service.vms.values()
     assert (vm.name, vm.vcpus, vm.memory_mib, vm.cmdline) == ("web-2", 2, 64, "quiet")
+    assert (vm.kernel, vm.initrd, vm.on_reboot, vm.on_panic) == ("new", "early", "stop", "reset")
     assert vm.labels == {"env": "prod"}
     assert cli.json("vm", "set", "web-2", "--no-labels")["labels"] == {}
     assert vm.vcpus == 2
@@ -154,7 +166,8 @@ def test_disk_has_another_file(cli: Cli) -> None:
     assert swapped.startswith("disk root is /srv/other.raw, ")
     shown = cli.json("vm", "swap-disk", "web-1", "root", "/srv/third.raw")["disks"][0]
     assert (shown["path"], shown["image"]) == ("/srv/third.raw", None)
-    assert "path" in cli.run("vm", "swap-disk", "web-1", "root", "other.raw", code=2).stderr
+    here = cli.json("vm", "swap-disk", "web-1", "root", "other.raw")["disks"][0]
+    assert here["path"] == str(Path("other.raw").absolute())
 
 
 def test_devices_come_and_go_by_the_command_line(cli: Cli) -> None:
@@ -406,11 +419,26 @@ def test_disk_is_read_as_written(text: str, disk: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["root", "=image:a", "root=", "root=debian", "root=image:a,rw", "root=image:a,size=x"]
+    "text",
+    [
+        *("root", "=image:a", "root=", "root=debian", "root=image:a,rw", "root=image:a,size=x"),
+        "root=https://a/b",
+    ],
 )
 def test_unreadable_disk_says_how_to_write_it(text: str) -> None:
     with pytest.raises(BadSpec, match=re.escape(repr(text))):
         parse_disk(text)
+
+
+def test_relative_paths_begin_where_the_command_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text, name in (("d=./a,ro", "a"), ("d=x/a", "x/a"), ("d=path:a", "a"), ("d=../a", "../a")):
+        assert parse_disk(text)["path"] == f"{tmp_path}/{name}"
+    assert parse_share("src=work")["path"] == f"{tmp_path}/work"
+    assert parse_pmem("data=file,ro")["path"] == f"{tmp_path}/file"
+    assert parse_nic("net0,socket=vhu0")["socket"] == f"{tmp_path}/vhu0"
 
 
 def test_nic_is_read_as_written() -> None:
@@ -463,6 +491,35 @@ def test_real_process_prints_json_alone_on_stdout(cli: Cli) -> None:
     )
     assert json.loads(run.stdout)["name"] == "web-1"
     assert run.stderr == b""
+
+
+def test_version_is_printed() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"hostel {hostel_version()}\n")
+
+
+def commands(group: Any, *words: str) -> Iterator[tuple[tuple[str, ...], Any]]:  # noqa: ANN401
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *words, name)
+        else:
+            yield (*words, name), command
+
+
+def test_help_names_every_argument_alike_and_no_type_of_python() -> None:
+    found = dict(commands(typer.main.get_command(app)))
+    assert ("vm", "create") in found
+    for words, command in found.items():
+        shown = CliRunner().invoke(app, [*words, "--help"]).stdout
+        assert "list[" not in shown, words
+        arguments = [each for each in command.params if each.param_type_name == "argument"]
+        assert all((each.metavar or "").isupper() for each in arguments), words
+
+
+def test_disk_help_names_all_that_can_be_written() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["vm", "create", "--help"]).stdout.split())
+    for word in ("ro", "size=", "format=", "cache=", "io=", "bps=", "iops="):
+        assert f",{word}" in shown
 
 
 def test_help_loads_neither_client_nor_models(cli: Cli) -> None:

@@ -63,6 +63,13 @@ def reason_of(told: dict[str, Any] | None) -> ReasonRecord | None:
     )
 
 
+_HINTS: Final = {
+    "SIGKILL": " (the kernel does that when memory runs out: see dmesg)",
+    "SIGBUS": " (the kernel does that when the file system of a pmem file is full, or the file was"
+    " shrunk, or memory is broken: see dmesg)",
+}
+
+
 def _death(ending: Ending) -> ReasonRecord:
     detail: dict[str, Any] = {"log": "\n".join(ending.log_tail)[-MAX_DETAIL_CHARS:]}
     last_line = f"; its log ends with: {ending.log_tail[-1]}" if ending.log_tail else ""
@@ -72,8 +79,7 @@ def _death(ending: Ending) -> ReasonRecord:
         return reason("worker_lost", message + last_line, detail)
     if os.WIFSIGNALED(status):
         name = signal_name(os.WTERMSIG(status))
-        hint = " (the kernel does that when memory runs out: see dmesg)"
-        message = f"its worker was killed by {name}{hint if name == 'SIGKILL' else ''}{last_line}"
+        message = f"its worker was killed by {name}{_HINTS.get(name, '')}{last_line}"
         return reason("worker_killed", message, {"signal": name, **detail})
     code = os.waitstatus_to_exitcode(status)
     message = f"its worker ended by itself with exit status {code}{last_line}"

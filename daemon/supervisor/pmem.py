@@ -53,7 +53,7 @@ def _checked(size_bytes: int, path: str, field: str) -> int:
         raise Invalid(
             "pmem_size",
             f"{path}: {size_bytes} bytes: must be whole pieces of {ALIGNMENT_BYTES}, and"
-            f" {MAX_BYTES} at most; truncate -s changes it",
+            f" {MAX_BYTES} at most; fallocate -l SIZE makes it larger",
             field=field,
         )
     return size_bytes

@@ -51,7 +51,7 @@ from .device_stats import device_stats
 from .machine_event import MachineEvent
 from .pmem import add_memory
 from .slots import VirtioSlots
-from .vcpus import EXIT_DEFECT, VcpuThreads
+from .vcpus import EXIT_DEFECT, EXIT_MEMORY_LOST, VcpuThreads
 
 _generations = itertools.count(1)
 
@@ -449,7 +449,7 @@ class Machine:
         if kind == exits.EXIT_INTERNAL_ERROR:
             detail["suberror"] = exit_.suberror
             detail["instruction"] = vcpu.instruction_bytes().hex()
-        elif kind != EXIT_DEFECT:
+        elif kind not in (EXIT_DEFECT, EXIT_MEMORY_LOST):
             detail["reason"] = exit_.suberror
             detail["hardware_reason"] = f"{exit_.data[0]:#x}" if exit_.ndata else ""
         self._report(code, f"vcpu {vcpu.index}: {message}", detail)
@@ -460,6 +460,11 @@ _FATAL: Final = {
     exits.EXIT_INTERNAL_ERROR: ("kvm_internal_error", "KVM cannot emulate an instruction"),
     exits.EXIT_FAIL_ENTRY: ("kvm_fail_entry", "the processor refused to enter the guest"),
     exits.EXIT_HLT: ("guest_halted", "halted without interrupts"),
+    EXIT_MEMORY_LOST: (
+        "memory_lost",
+        "the host has no memory behind an address that it used; the file system of a pmem file is"
+        " full, or the file was shrunk",
+    ),
     EXIT_DEFECT: ("worker_defect", "its thread failed; the worker's log has the trace"),
 }
 

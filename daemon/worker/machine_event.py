@@ -16,9 +16,10 @@ class MachineEvent:
     Attributes:
         generation: of the Machine it comes from; a reset makes a new one.
         code: "boot_timer", "guest_poweroff", "guest_reboot", "guest_panic", or what crashed:
-            "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error"; or "ejected", and
-            then collect_ejected() has something to do; or "backend_lost"; or "watchdog", as the
-            spec says what is to be done then; or "disk_error", and then disks() have new ones.
+            "triple_fault", "kvm_internal_error", "kvm_fail_entry", "kvm_error", "memory_lost"; or
+            "ejected", and then collect_ejected() has something to do; or "backend_lost"; or
+            "watchdog", as the spec says what is to be done then; or "disk_error", and then disks()
+            have new ones.
         at_ns: CLOCK_MONOTONIC.
     """
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 PARK_TIMEOUT_S: Final = 30.0
 # Beside kvm_ffi's exit kinds: the vCPU's thread itself failed; the log has the trace.
 EXIT_DEFECT: Final = -1
+EXIT_MEMORY_LOST: Final = -2  # the guest used memory that the host cannot give it
+# There is no page behind an address: its file has no room, or has shrunk.
+_NO_PAGE: Final = ("KVM_RUN", errno.EFAULT)
 
 
 class PciConfig(Protocol):
@@ -140,11 +144,13 @@ class VcpuThreads:
         while self._wait_at_gate(vcpu):
             try:
                 kind = self._run_until_told(vcpu)
-            except Exception:
+            except Exception as err:
                 # The border "device kick": KVM_RUN failed or a device model has a defect. The VM
                 # stops with its state kept; the worker lives to tell.
                 log.exception("vcpu failed vcpu=%d", vcpu.index)
                 kind = EXIT_DEFECT
+                if isinstance(err, KvmError) and (err.request, err.errno) == _NO_PAGE:
+                    kind = EXIT_MEMORY_LOST
             if kind != exits.EXIT_KICKED:
                 self.request_park()
                 self._on_fatal(vcpu, kind)

@@ -11,10 +11,13 @@ import pytest
 
 from lab.rest import ApiFailure
 from tests.support import tiny_kernel as tiny
+from tests.support.frozen import run
 from tests.support.hostel import Hostel, is_locked
+from tests.support.pmem_kernel import PAGE_BYTES, PAGES, write_all
 
 QUIET = tiny.boot_timer() + tiny.HALT
 MIB = 1 << 20
+ROOM_PAGES = 4
 
 
 @pytest.fixture
@@ -42,6 +45,32 @@ def test_vm_holds_its_file_through_pause_reset_and_a_new_hosteld(
     own_hostel.delete(name)
     assert not is_locked(file)
     assert file.stat().st_size == 4 * MIB
+
+
+def test_file_without_room_ends_its_guest_and_says_why(
+    hostel: Hostel, directory: Path, file: Path
+) -> None:
+    mount = directory / "small"
+    mount.mkdir()
+    run("mount", "-t", "tmpfs", "-o", f"size={ROOM_PAGES * PAGE_BYTES}", "none", str(mount))
+    sparse = mount / "sparse"
+    sparse.touch()
+    os.truncate(sparse, 2 * MIB)
+    try:
+        name = hostel.run(write_all(), pmem=[{"id": "data", "path": str(sparse)}])
+        vm = hostel.api.wait_state(name, "crashed", limit_s=30)
+        assert vm["reason"]["code"] == "memory_lost"
+        assert "file system of a pmem file is full" in vm["reason"]["message"]
+        assert sparse.read_bytes()[::PAGE_BYTES].count(1) == ROOM_PAGES
+        hostel.delete(name)
+        # With room, the same guest comes to its own end.
+        name = hostel.run(write_all(), pmem=[{"id": "data", "path": str(file)}])
+        vm = hostel.api.wait_state(name, "crashed", limit_s=30)
+        assert vm["reason"]["code"] == "triple_fault"
+        assert file.read_bytes()[: 2 * MIB : PAGE_BYTES].count(1) == PAGES
+        hostel.delete(name)
+    finally:
+        run("umount", "-l", str(mount))
 
 
 def test_file_that_another_vm_uses_is_refused(hostel: Hostel, file: Path) -> None:

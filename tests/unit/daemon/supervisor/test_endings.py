@@ -56,6 +56,13 @@ def test_a_sudden_death_is_told_with_signal_and_log(last_words: Status | None) -
     assert "two" in verdict.reason.message
 
 
+def test_a_worker_without_the_memory_of_a_file_says_what_that_may_be() -> None:
+    reason = judge(Ending(int(signal.SIGBUS), None, ()), was_killed=False).reason
+    assert reason is not None
+    assert (reason.code, reason.detail["signal"]) == ("worker_killed", "SIGBUS")
+    assert "file system of a pmem file is full" in reason.message
+
+
 def test_an_exit_is_told_with_its_status() -> None:
     reason = judge(Ending(EXITED_3, None, ()), was_killed=False).reason
     assert reason is not None

@@ -33,7 +33,7 @@ def test_whole_pieces_up_to_the_limit_are_taken(tmp_path: Path, size_bytes: int)
 @pytest.mark.parametrize("size_bytes", [MIB, 2 * MIB + 512, (64 << 30) + 2 * MIB])
 def test_other_sizes_are_refused_with_the_remedy(tmp_path: Path, size_bytes: int) -> None:
     path = file_of(tmp_path / "file", size_bytes)
-    with pytest.raises(Invalid, match=f"{size_bytes} bytes.*truncate -s") as caught:
+    with pytest.raises(Invalid, match=f"{size_bytes} bytes.*fallocate -l") as caught:
         measure(path, "pmem.0.path", read_only=True)
     assert (caught.value.code, caught.value.field) == ("pmem_size", "pmem.0.path")
 

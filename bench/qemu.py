@@ -36,7 +36,8 @@ class Peer:
     initrd: Path
     cmdline: str
     memory_mib: int
-    # A mapping of its own, which costs QEMU the huge pages that it gives its RAM otherwise.
+    # A mapping of its own, which costs QEMU the huge pages that it gives its RAM otherwise; another
+    # process can map it too.
     has_named_ram: bool = False
     devices: tuple[str, ...] = ()
 
@@ -45,7 +46,7 @@ class Peer:
         machine, ram = f"{MACHINES[self.machine]},accel=kvm", []
         if self.has_named_ram:
             machine += ",memory-backend=ram"
-            ram = ["-object", f"{RAM_NAME},id=ram,size={self.memory_mib}M"]
+            ram = ["-object", f"{RAM_NAME},id=ram,size={self.memory_mib}M,share=on"]
         return [
             *(PROGRAM, "-M", machine, *ram),
             *("-m", str(self.memory_mib), "-cpu", "host", "-smp", "1"),

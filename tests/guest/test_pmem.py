@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from lab.guests import Guest
-from lab.rest import Json
 from tests.support.hostel import Hostel
 from tests.support.linux import LinuxGuest
 
@@ -39,22 +38,6 @@ def make_file_system(path: Path, size_mib: int, content: Path | None = None) -> 
     return path
 
 
-def create(hostel: Hostel, guest: Guest, name: str, pmem: list[Json]) -> LinuxGuest:
-    hostel.api.post(
-        "/v1/vms?wait=60",
-        {
-            "name": name,
-            "memory_mib": 256,
-            "kernel": "debian",
-            "initrd": "initrd",
-            "cmdline": guest.cmdline,
-            "disks": [{"id": "root", "image": "root"}],
-            "pmem": pmem,
-        },
-    )
-    return LinuxGuest(hostel, guest, name)
-
-
 @pytest.fixture(scope="module")
 def rig(hostel: Hostel, guest: Guest) -> Iterator[Rig]:
     content = hostel.directory / "content"
@@ -62,11 +45,22 @@ def rig(hostel: Hostel, guest: Guest) -> Iterator[Rig]:
     (content / "greeting").write_text("hello from the host\n")
     data = make_file_system(hostel.directory / "data.pmem", DATA_MIB)
     fixed = make_file_system(hostel.directory / "fixed.pmem", FIXED_MIB, content)
-    pmem = [
-        {"id": "data", "path": str(data)},
-        {"id": "fixed", "path": str(fixed), "read_only": True},
-    ]
-    linux = create(hostel, guest, "pmem", pmem)
+    hostel.api.post(
+        "/v1/vms?wait=60",
+        {
+            "name": "pmem",
+            "memory_mib": 256,
+            "kernel": "debian",
+            "initrd": "initrd",
+            "cmdline": guest.cmdline,
+            "disks": [{"id": "root", "image": "root"}],
+            "pmem": [
+                {"id": "data", "path": str(data)},
+                {"id": "fixed", "path": str(fixed), "read_only": True},
+            ],
+        },
+    )
+    linux = LinuxGuest(hostel, guest, "pmem")
     with linux.running():
         yield Rig(linux, data, fixed)
 
@@ -119,25 +113,3 @@ def test_it_outlives_a_pause_and_a_reset_of_the_guest(rig: Rig) -> None:
     guest.log_in()
     guest.ask("mkdir -p /data && mount -t ext4 -o dax /dev/pmem0 /data")
     assert guest.ask("sha256sum < /data/again") == wanted
-
-
-def test_a_file_without_room_ends_the_guest_with_a_clear_reason(
-    hostel: Hostel, guest: Guest
-) -> None:
-    small = hostel.directory / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)]
-    subprocess.run(mount, check=True)
-    try:
-        path = small / "sparse.pmem"
-        with path.open("wb") as file:
-            file.truncate(4 << 20)
-        linux = create(hostel, guest, "sparse", [{"id": "data", "path": str(path)}])
-        with linux.running():
-            hostel.api.type("sparse", "dd if=/dev/urandom of=/dev/pmem0 bs=4k oflag=direct\n")
-            vm = hostel.api.wait_state("sparse", "crashed", limit_s=60)
-            assert vm["reason"]["code"] == "memory_lost"
-            assert "file system of a pmem file is full" in vm["reason"]["message"]
-            hostel.api.act("sparse", "kill")
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -104,6 +104,11 @@ class RemoteGuest:
         """Write ``count``, ``count`` - 1 ... 1 to a 16-bit word, as fast as the guest can."""
         self._add(_STIR, address, count)
 
+    def send(self) -> None:
+        """Send what was collected, and do not wait for it."""
+        self.hostel.api.type(self.name, bytes(self._pending))
+        self._pending.clear()
+
     def settle(self) -> None:
         """Wait until everything has been done."""
         self.read(_BUFFER_GPA, 4)
@@ -118,8 +123,7 @@ class RemoteGuest:
 
     def _answer(self) -> int:
         begin = len(self._console.text)
-        self.hostel.api.type(self.name, bytes(self._pending))
-        self._pending.clear()
+        self.send()
         end = self._console.wait_for(".", after=begin)
         digits = (ord(letter) - ord("a") for letter in self._console.text[begin : end - 1])
         return int.from_bytes(bytes(a << 4 | b for a, b in zip(digits, digits, strict=True)))

@@ -22,9 +22,9 @@ from kvm_ffi.build_kvm import COMPILE_ARGS
 
 HERE: Final = Path(__file__).resolve().parent
 CSRC: Final = HERE.parent / "kvm_ffi" / "csrc"
-UNITS: Final = ("guest_mem", "virtqueue", "engine", "token_bucket", "io_ring", "blk_file",
-                "blk_request", "blk_stats", "blk_sync", "blk_ring", "blk_control",
-                "blk_engine")  # fmt: skip
+UNITS: Final = ("guest_mem", "virtqueue", "engine", "token_bucket", "rate_group", "io_ring",
+                "blk_file", "blk_request", "blk_stats", "blk_sync", "blk_ring",
+                "blk_control", "blk_engine")  # fmt: skip
 ROUNDS: Final = 7
 REQUESTS: Final = {"io_uring": 320_000, "threads": 320_000}
 REQUESTS_WITHOUT_HOST: Final = 3_200_000

@@ -18,7 +18,7 @@ from .engine import Engine, EngineFault, check, counters
 if TYPE_CHECKING:
     from ._kvm import CData
     from .memory import GuestMemory
-    from .rate_limiter import RateLimiter
+    from .rate_limiter import RateGroup, RateLimiter
     from .types import SupportsFd
     from .virtqueue import Virtqueue
 
@@ -99,6 +99,7 @@ class BlkEngine(Engine):
             before it is answered (VIRTIO 1.2, 5.2.6.2).
         io_engine: IO_URING makes run() raise OSError where it is not permitted.
         limiter: shared by all queues; wake() the engine after changing it.
+        group: what other disks share too; a request needs room in both.
 
     Raises:
         ValueError: size_sectors or serial is too large.
@@ -117,6 +118,7 @@ class BlkEngine(Engine):
         is_writethrough: bool = False,
         io_engine: IoEngine = IoEngine.AUTO,
         limiter: RateLimiter | None = None,
+        group: RateGroup | None = None,
     ) -> None:
         _check_size(size_sectors)
         if len(serial) > SERIAL_BYTES:
@@ -129,6 +131,7 @@ class BlkEngine(Engine):
         config.is_writethrough = is_writethrough
         config.io_engine = _IO_ENGINE[io_engine]
         config.limiter = ffi.NULL if limiter is None else limiter.raw
+        config.group = ffi.NULL if group is None else group.raw
         ffi.memmove(config.serial, serial, len(serial))
         config.n_queues = len(queues)
         for each, wires in zip(queues, config.queues, strict=False):
@@ -138,7 +141,7 @@ class BlkEngine(Engine):
         created = ffi.new("struct blk_engine **")
         check(lib.blk_engine_create(config, created))
         self._n_queues = len(queues)
-        keepalive = (memory, queues, fault, limiter)
+        keepalive = (memory, queues, fault, limiter, group)
         super().__init__(created[0], lib.blk_engine_destroy, keepalive)
 
     def _run(self) -> int:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""Rate limits of a device: a token bucket for bytes and one for operations.
+"""Rate limits of a device, or of several together: token buckets for bytes and for operations.
 
-The C side is csrc/token_bucket.c; engines take tokens from it without the GIL.
+The C side is csrc/token_bucket.c and csrc/rate_group.c; engines take tokens from it without the
+GIL.
 """
 
 from __future__ import annotations
@@ -70,15 +71,42 @@ class RateLimiter:
         Raises:
             ValueError: a rate or a burst is not in its range.
         """
-        for name in ("bytes_per_s", "ops_per_s"):
-            _check(name, getattr(limit, name), MAX_RATE)
-        for name in ("bytes_burst", "ops_burst"):
-            _check(name, getattr(limit, name), MAX_BURST)
-        config = ffi.new("struct rate_limit *")
-        config.bytes_per_s, config.bytes_burst = limit.bytes_per_s, limit.bytes_burst
-        config.ops_per_s, config.ops_burst = limit.ops_per_s, limit.ops_burst
-        ret = lib.rate_limiter_set(self._c, config, time.monotonic_ns())
-        assert ret == 0  # the ranges above are those of the C code
+        ret = lib.rate_limiter_set(self._c, _config(limit), time.monotonic_ns())
+        assert ret == 0  # _config() has checked the ranges
+        self._limit = limit
+
+
+class RateGroup:
+    """Buckets that several devices share, each of which may have a RateLimiter of its own.
+
+    Devices that always have requests get equal shares of it: csrc/rate_group.h says how.
+
+    Threads: any.
+    """
+
+    def __init__(self, limit: RateLimit = UNLIMITED) -> None:
+        self._c = ffi.gc(_make_group(), lib.rate_group_deinit)
+        self._limit = UNLIMITED
+        self.set(limit)
+
+    @property
+    def raw(self) -> CData:
+        """The `struct rate_group *`, for the configuration of engines; it must outlive them."""
+        return self._c
+
+    @property
+    def limit(self) -> RateLimit:
+        """What was set last."""
+        return self._limit
+
+    def set(self, limit: RateLimit) -> None:
+        """Change the limits, at once also for what waits for the old ones.
+
+        Raises:
+            ValueError: a rate or a burst is not in its range.
+        """
+        ret = lib.rate_group_set(self._c, _config(limit), time.monotonic_ns())
+        assert ret == 0  # _config() has checked the ranges
         self._limit = limit
 
 
@@ -86,6 +114,28 @@ def _make() -> CData:
     limiter = ffi.new("struct rate_limiter *")
     lib.rate_limiter_init(limiter)
     return limiter
+
+
+def _make_group() -> CData:
+    group = ffi.new("struct rate_group *")
+    lib.rate_group_init(group)
+    return group
+
+
+def _config(limit: RateLimit) -> CData:
+    """Return a checked `struct rate_limit *`.
+
+    Raises:
+        ValueError: a rate or a burst is not in its range.
+    """
+    for name in ("bytes_per_s", "ops_per_s"):
+        _check(name, getattr(limit, name), MAX_RATE)
+    for name in ("bytes_burst", "ops_burst"):
+        _check(name, getattr(limit, name), MAX_BURST)
+    config = ffi.new("struct rate_limit *")
+    config.bytes_per_s, config.bytes_burst = limit.bytes_per_s, limit.bytes_burst
+    config.ops_per_s, config.ops_burst = limit.ops_per_s, limit.ops_burst
+    return config
 
 
 def _check(name: str, value: int, maximum: int) -> None:

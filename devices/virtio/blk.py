@@ -31,7 +31,7 @@ from kvm_ffi.blk_engine import (
     direct_align_bytes,
     require_io_uring,
 )
-from kvm_ffi.rate_limiter import UNLIMITED, RateLimit, RateLimiter
+from kvm_ffi.rate_limiter import UNLIMITED, RateGroup, RateLimit, RateLimiter
 
 from .device import EngineDevice
 from .ids import (
@@ -110,6 +110,7 @@ class VirtioBlk(EngineDevice):
         n_queues: 1 to MAX_QUEUES; a driver uses one for each vCPU, as far as they go.
         io_engine: what carries its operations out.
         limit: of bytes and operations per second.
+        group: a limit that it shares with other disks.
 
     Attributes:
         on_host_error: called when host_errors() has grown; on any thread, must not block. Not for
@@ -139,6 +140,7 @@ class VirtioBlk(EngineDevice):
         n_queues: int = 1,
         io_engine: IoEngine = IoEngine.AUTO,
         limit: RateLimit = UNLIMITED,
+        group: RateGroup | None = None,
     ) -> None:
         super().__init__(name)
         self._serial = serial.encode("ascii", "replace")
@@ -150,6 +152,7 @@ class VirtioBlk(EngineDevice):
         self._is_read_only = is_read_only
         self._io_engine = io_engine
         self._limiter = RateLimiter(limit)
+        self._group = group
         self._size_sectors, self._align_bytes = _look(disk_fd, path)
         self.on_host_error: Callable[[], None] = _nobody_listens
         self._host_errno = 0
@@ -213,6 +216,7 @@ class VirtioBlk(EngineDevice):
                 is_writethrough=not activation.features & VIRTIO_BLK_F_FLUSH,
                 io_engine=self._io_engine,
                 limiter=self._limiter,
+                group=self._group,
             )
         ]
 

@@ -53,6 +53,8 @@ int blk_engine_create(const struct blk_config *config, struct blk_engine **ret)
 		engine->queues[i].vq = config->queues[i].vq;
 		engine->queues[i].irq_fd = config->queues[i].irq_fd;
 	}
+	if (config->group)
+		rate_group_join(config->group, &engine->member, engine->gate.wake_fd);
 	*ret = engine;
 	return 0;
 }
@@ -67,10 +69,10 @@ static void close_io(struct blk_engine *engine)
 
 int blk_engine_destroy(struct blk_engine *engine)
 {
-	int err = engine_gate_deinit(&engine->gate);
-
-	if (err < 0)
-		return err;
+	if (engine_gate_is_running(&engine->gate))
+		return -EBUSY;
+	rate_group_leave(&engine->member); /* before its wake_fd is closed */
+	engine_gate_deinit(&engine->gate);
 	close_io(engine);
 	free(engine);
 	return 0;
@@ -234,6 +236,14 @@ void blk_engine_kicked(struct blk_engine *engine, uint32_t queue)
 	engine_count(&engine->queues[queue].stats.kicks, 1);
 }
 
+/* Pay for a request: 0, or how long to wait for a limit. */
+static uint64_t pay(struct blk_engine *engine, uint32_t bytes)
+{
+	if (engine->member.group)
+		return rate_group_take(&engine->member, engine->limiter, bytes, engine->now_ns);
+	return engine->limiter ? rate_limiter_take(engine->limiter, bytes, engine->now_ns) : 0;
+}
+
 /* Whether a checked request has to wait: for others to finish, or for a rate limit. */
 static bool must_wait(struct blk_engine *engine, struct blk_queue *queue, struct blk_request *req,
 		      enum blk_next next)
@@ -246,9 +256,7 @@ static bool must_wait(struct blk_engine *engine, struct blk_queue *queue, struct
 		engine->must_be_alone = true;
 		return true;
 	}
-	if (!engine->limiter)
-		return false;
-	wait_ns = rate_limiter_take(engine->limiter, req->cost_bytes, engine->now_ns);
+	wait_ns = pay(engine, req->cost_bytes);
 	if (wait_ns == 0)
 		return false;
 	engine_count(&queue->stats.throttled, 1);

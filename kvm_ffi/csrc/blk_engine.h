@@ -17,7 +17,7 @@
 #include "blk_request.h"
 #include "blk_stats.h"
 #include "engine.h"
-#include "token_bucket.h"
+#include "rate_group.h"
 #include "virtqueue.h"
 
 /* Of all queues together. More waits in the rings, where it costs nothing. */
@@ -44,12 +44,14 @@ struct blk_config {
 	uint8_t serial[BLK_SERIAL_BYTES];
 	enum blk_io_engine io_engine;
 	struct rate_limiter *limiter; /* or NULL */
+	struct rate_group *group; /* whose budget it shares, or NULL */
 	uint32_t n_queues;
 	struct blk_queue_config queues[BLK_MAX_QUEUES];
 	struct blk_io *io; /* a test's own back end, or NULL */
 };
 
-/* 0, or -errno. Virtqueues, limiter and fds stay the caller's and must outlive the engine. */
+/* 0, or -errno. Virtqueues, limiter, group and fds stay the caller's and must outlive the engine.
+ */
 int blk_engine_create(const struct blk_config *config, struct blk_engine **ret);
 /* -EBUSY while a thread is in blk_engine_run(). */
 int blk_engine_destroy(struct blk_engine *engine);

@@ -20,6 +20,7 @@ struct blk_engine {
 	struct blk_listen listen;
 	struct blk_io *io;
 	struct rate_limiter *limiter;
+	struct rate_member member; /* of the group whose budget it shares */
 	int fault_fd;
 	enum blk_io_engine wanted_io;
 	uint32_t running_io; /* atomic: enum blk_io_engine */

@@ -255,7 +255,7 @@ static int rx_packet(struct net_engine *engine)
 	if (is_limited(limiter)) {
 		uint64_t now_ns = clock_ns();
 
-		if (hold(rate_limiter_wait(limiter, now_ns), now_ns, &engine->rx_held_ns,
+		if (hold(rate_limiter_wait(limiter, 1, now_ns), now_ns, &engine->rx_held_ns,
 			 &engine->stats.rx_throttled))
 			return 0;
 	}

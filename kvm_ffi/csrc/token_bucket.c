@@ -92,17 +92,18 @@ int rate_limiter_set(struct rate_limiter *limiter, const struct rate_limit *limi
 	return 0;
 }
 
-/* With the lock held. */
-static uint64_t wait_both(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns)
+uint64_t rate_limiter_wait_locked(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns)
 {
+	/* Guest-controlled: bytes. */
 	uint64_t wait_ns = token_bucket_wait_ns(&limiter->bytes, bytes, now_ns);
 	uint64_t wait_ops_ns = token_bucket_wait_ns(&limiter->ops, 1, now_ns);
 
 	return wait_ns > wait_ops_ns ? wait_ns : wait_ops_ns;
 }
 
-static void take_both(struct rate_limiter *limiter, uint32_t bytes)
+void rate_limiter_take_locked(struct rate_limiter *limiter, uint32_t bytes)
 {
+	/* Guest-controlled: bytes. */
 	token_bucket_take(&limiter->bytes, bytes);
 	token_bucket_take(&limiter->ops, 1);
 }
@@ -115,21 +116,22 @@ uint64_t rate_limiter_take(struct rate_limiter *limiter, uint32_t bytes, uint64_
 	if (!rate_limiter_is_limited(limiter))
 		return 0;
 	pthread_mutex_lock(&limiter->lock);
-	wait_ns = wait_both(limiter, bytes, now_ns);
+	wait_ns = rate_limiter_wait_locked(limiter, bytes, now_ns);
 	if (wait_ns == 0)
-		take_both(limiter, bytes);
+		rate_limiter_take_locked(limiter, bytes);
 	pthread_mutex_unlock(&limiter->lock);
 	return wait_ns;
 }
 
-uint64_t rate_limiter_wait(struct rate_limiter *limiter, uint64_t now_ns)
+uint64_t rate_limiter_wait(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns)
 {
+	/* Guest-controlled: bytes. */
 	uint64_t wait_ns;
 
 	if (!rate_limiter_is_limited(limiter))
 		return 0;
 	pthread_mutex_lock(&limiter->lock);
-	wait_ns = wait_both(limiter, 1, now_ns);
+	wait_ns = rate_limiter_wait_locked(limiter, bytes, now_ns);
 	pthread_mutex_unlock(&limiter->lock);
 	return wait_ns;
 }
@@ -140,6 +142,6 @@ void rate_limiter_charge(struct rate_limiter *limiter, uint32_t bytes)
 	if (!rate_limiter_is_limited(limiter))
 		return;
 	pthread_mutex_lock(&limiter->lock);
-	take_both(limiter, bytes);
+	rate_limiter_take_locked(limiter, bytes);
 	pthread_mutex_unlock(&limiter->lock);
 }

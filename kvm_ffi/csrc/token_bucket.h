@@ -58,11 +58,14 @@ int rate_limiter_set(struct rate_limiter *limiter, const struct rate_limit *limi
 /* 0: the request may go and is paid for; else the nanoseconds to wait, nothing taken. */
 uint64_t rate_limiter_take(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns);
 
-/* The same in two steps, for requests whose size shows only when they are done: wait says when
- * one of a byte fits, and charge pays for one of at most 2^20 bytes, by a few engines at a
- * time. What it goes beyond the limit, the next one waits for. */
-uint64_t rate_limiter_wait(struct rate_limiter *limiter, uint64_t now_ns);
+/* The same in two steps: wait says when a request fits, and charge pays for one. For requests whose
+ * size shows only when they are done, ask for one byte and pay for at most 2^20, by a few engines
+ * at a time: what they go beyond the limit, the next one waits for. */
+uint64_t rate_limiter_wait(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns);
 void rate_limiter_charge(struct rate_limiter *limiter, uint32_t bytes);
+/* The same with the lock held. */
+uint64_t rate_limiter_wait_locked(struct rate_limiter *limiter, uint32_t bytes, uint64_t now_ns);
+void rate_limiter_take_locked(struct rate_limiter *limiter, uint32_t bytes);
 
 static inline bool rate_limiter_is_limited(const struct rate_limiter *limiter)
 {

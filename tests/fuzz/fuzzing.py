@@ -25,7 +25,7 @@ C_TARGETS: Final = ("virtqueue", "blk", "net", "vsock", "uart", "exits")
 PYTHON_TARGETS: Final = ("net_control", "vhost_user")
 TARGETS: Final = (*C_TARGETS, *PYTHON_TARGETS)
 CORE: Final = (
-    *("guest_mem", "virtqueue", "engine", "token_bucket", "io_ring", "net_engine"),
+    *("guest_mem", "virtqueue", "engine", "token_bucket", "rate_group", "io_ring", "net_engine"),
     *("blk_file", "blk_request", "blk_stats", "blk_sync", "blk_ring", "blk_control", "blk_engine"),
     *("uart16550", "exit_table"),
     *("vsock_conn", "vsock_engine", "vsock_host", "vsock_rx", "vsock_tx"),

@@ -38,12 +38,17 @@ def make_disk(tmp_path: Path, io_engine: IoEngine) -> Iterator[MakeDisk]:
     memory = GuestMemory([(Gpa(0), 1 << 20)])
 
     def make(
-        *, fd: int | None = None, event_idx: bool = False, ring_size: int = 16, **keywords: object
+        *,
+        fd: int | None = None,
+        event_idx: bool = False,
+        ring_size: int = 16,
+        base: int = 0x1000,
+        **keywords: object,
     ) -> Disk:
         path = tmp_path / "disk.img"
         path.write_bytes(PATTERN)
         opened = os.open(path, os.O_RDWR) if fd is None else fd
-        driver = RingDriver(memory, size=ring_size)
+        driver = RingDriver(memory, size=ring_size, base=base)
         kick, irq, fault = EventFd(), EventFd(), EventFd()
         queue = driver.queue(event_idx=event_idx)
         settings: dict[str, Any] = {

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ValidationError
 from .endpoint import Endpoint, find_endpoint
 from .errors import ApiError, Internal, Invalid, error_from_problem
 from .models.common import Page, Problem
+from .models.limits import RateGroupPatch
 from .models.resources import (
     Event,
     Host,
@@ -172,6 +173,11 @@ class HostelClient:
     def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch) -> Vm:
         """Give a disk its new size, file or limits."""
         return _parse(self._send("PATCH", url_path("vms", ref, "disks", disk_id), patch), Vm)
+
+    def patch_rate_group(self, ref: str, group_id: str, patch: RateGroupPatch) -> Vm:
+        """Give a rate group its new limits."""
+        path = url_path("vms", ref, "rate-groups", group_id)
+        return _parse(self._send("PATCH", path, patch), Vm)
 
     def attach(
         self, ref: str, wanted: DiskCreate | NicCreate, *, wait_s: float = WAIT_S

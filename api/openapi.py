@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from .models.common import Page, Problem
+from .models.limits import RateGroupPatch
 from .models.resources import (
     ApiRoot,
     Event,
@@ -69,6 +70,7 @@ REQUEST_MODELS: Final[Sequence[type[BaseModel]]] = (
     VmPatch,
     DiskPatch,
     NicPatch,
+    RateGroupPatch,
     StopRequest,
     KernelImport,
     ImageImport,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from .models.common import Page
+from .models.limits import RateGroupPatch
 from .models.resources import (
     Event,
     Host,
@@ -143,6 +144,12 @@ class HostelService(Protocol):
 
     async def patch_disk(self, ref: str, disk_id: str, patch: DiskPatch, call: Call) -> Vm:
         """Grow a disk, change its limits or its file; a running guest is told."""
+        ...
+
+    async def patch_rate_group(
+        self, ref: str, group_id: str, patch: RateGroupPatch, call: Call
+    ) -> Vm:
+        """Change the limits that disks share, at once."""
         ...
 
     async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:

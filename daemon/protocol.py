@@ -27,6 +27,7 @@ hosteld asks a worker, over its own listening socket (so that a later hosteld fi
     swap_disk     {"disk": id, "swaps": as in DiskSpec}, fds [its new file] -> Status; on failure
                   it keeps the one that it has
     limit_disk    {"disk": id, "rate_limit": as in DiskSpec} -> {}
+    limit_group   {"group": id, "rate_limit": as in DiskSpec} -> {}
     set_nic       {"nic": id, "wishes": NicWishes} -> {}
     attach_backend {"device": id}, fds [socket connected to its new vhost-user back end] -> Status
     console_write {"data": base64} -> {"taken": n}
@@ -68,6 +69,7 @@ class DiskSpec:
         rate_limit: fields of kvm_ffi.rate_limiter.RateLimit; what is missing is no limit.
         slot: of DISK_SLOTS; None for the first free one.
         swaps: a number that hosteld gives to the file behind the disk; another file has another.
+        rate_group: of MachineSpec.rate_groups; its limits hold too.
     """
 
     id: str
@@ -78,6 +80,7 @@ class DiskSpec:
     slot: int | None = None
     vhost_user: bool = False
     swaps: int = 0
+    rate_group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,7 @@ class MachineSpec:
         entry: "linux64" or "pvh".
         watchdog: what is done when it expires, "reset", "poweroff", "pause" or "none"; None for no
             watchdog.
+        rate_groups: limits, as DiskSpec's rate_limit, that disks share; by id.
     """
 
     vm_id: str
@@ -229,6 +233,7 @@ class MachineSpec:
     watchdog: str | None = None
     ports: tuple[PortSpec, ...] = ()
     pmem: tuple[PmemSpec, ...] = ()
+    rate_groups: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def encode(self) -> dict[str, Any]:
         """Return the spec as JSON."""

@@ -77,17 +77,40 @@ def limit_disk(
 ) -> None:
     """Limit a disk, at once; without limits, take away those that it has."""
     with session(context) as client:
-        from ..models.vms import DiskPatch, RateLimit
+        from ..models.limits import RateLimit
+        from ..models.vms import DiskPatch
 
         limit = RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
         changed = client.patch_disk(vm, disk, DiskPatch(rate_limit=limit))
         if as_json:
             print_json(changed)
             return
-        told = " and ".join(
-            f"{value} {unit}/s" for value, unit in ((bps, "bytes"), (iops, "requests")) if value
-        )
-        print(f"disk {disk}: {told or 'no limit'}")
+        from . import tables
+
+        print(f"disk {disk}: {tables.limit_text(limit)}")
+
+
+@app.command("limit-group")
+def limit_group(
+    context: typer.Context,
+    vm: Ref,
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="The rate group's id.")],
+    bps: Annotated[int | None, typer.Option(min=1, help="Bytes per second.")] = None,
+    iops: Annotated[int | None, typer.Option(min=1, help="Requests per second.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Limit the disks of a rate group in sum, at once; without limits, let them go."""
+    with session(context) as client:
+        from ..models.limits import RateGroupPatch, RateLimit
+
+        limit = RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
+        changed = client.patch_rate_group(vm, group, RateGroupPatch(rate_limit=limit))
+        if as_json:
+            print_json(changed)
+            return
+        from . import tables
+
+        print(f"rate group {group}: {tables.limit_text(limit)}")
 
 
 @app.command("set-nic")

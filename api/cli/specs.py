@@ -4,6 +4,7 @@
 
 A disk: ``ID=image:NAME``, ``ID=path:FILE``, ``ID=FILE`` or ``ID=nbd://...``, then any of ``,ro
 ,size=MIB ,format=qcow2|vmdk|vhdx ,cache=writeback|none ,io=auto|io_uring|threads ,bps=BYTES
+,iops=OPERATIONS ,group=RATE-GROUP``. A rate group: ``ID``, then any of ``,bps=BYTES
 ,iops=OPERATIONS``. A share: ``TAG=DIRECTORY``, then perhaps ``,ro``.
 A network interface: ``ID``, then any of ``,tap=NAME ,bridge=NAME ,mac=MAC ,mtu=BYTES
 ,backend=auto|vhost|tap ,queues=PAIRS ,link=up|down``, or ``,socket=PATH`` of a vhost-user switch in
@@ -21,8 +22,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-_DISK_WORDS: Final = {"format": "format", "cache": "cache", "io": "io_engine"}
-_DISK_RATES: Final = {"bps": "bytes_per_s", "iops": "ops_per_s"}
+_DISK_WORDS: Final = {
+    "format": "format",
+    "cache": "cache",
+    "io": "io_engine",
+    "group": "rate_group",
+}
+_RATES: Final = {"bps": "bytes_per_s", "iops": "ops_per_s"}
 _NIC_OPTIONS: Final = ("tap", "bridge", "mac", "mtu", "backend", "queues", "link", "socket")
 
 
@@ -45,10 +51,10 @@ def parse_disk(text: str) -> dict[str, Any]:
             disk["size_mib"] = _number(text, name, value)
         elif name in _DISK_WORDS:
             disk[_DISK_WORDS[name]] = value
-        elif name in _DISK_RATES:
-            disk.setdefault("rate_limit", {})[_DISK_RATES[name]] = _number(text, name, value)
+        elif name in _RATES:
+            disk.setdefault("rate_limit", {})[_RATES[name]] = _number(text, name, value)
         else:
-            known = ", ".join(("ro", "size=MIB", *_DISK_WORDS, *_DISK_RATES))
+            known = ", ".join(("ro", "size=MIB", *_DISK_WORDS, *_RATES))
             raise BadSpec(f"disk {text!r}: unknown option {option!r}; known: {known}")
     return disk
 
@@ -67,6 +73,19 @@ def _disk_source(text: str, source: str) -> dict[str, str]:
         f"disk {text!r}: {source!r} must be image:NAME, nbd://..., or a file with a / in it, such"
         f" as ./{source}"
     )
+
+
+def parse_rate_group(text: str) -> dict[str, Any]:
+    """Return the fields of a RateGroupCreate."""
+    group_id, *options = text.split(",")
+    limits: dict[str, int] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in _RATES:
+            known = ", ".join(_RATES)
+            raise BadSpec(f"rate group {text!r}: unknown option {option!r}; known: {known}")
+        limits[_RATES[name]] = _number(text, name, value)
+    return {"id": group_id, "rate_limit": limits or None}
 
 
 def parse_share(text: str) -> dict[str, Any]:

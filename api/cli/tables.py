@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..models.devices import Vsock
+from ..models.limits import RateLimit
 from ..models.resources import DoctorReport, Event, Host, Image, Kernel, Operation
 from ..models.vms import Nic, Vm, VmStats
 
@@ -92,6 +93,12 @@ def _vsock(vsock: Vsock) -> str:
     return f"cid {vsock.cid}  {vsock.path or vsock.backend}"
 
 
+def limit_text(limit: RateLimit | None) -> str:
+    """Return a limit as people read it."""
+    rates = {} if limit is None else {"bytes": limit.bytes_per_s, "requests": limit.ops_per_s}
+    return " and ".join(f"{rate} {unit}/s" for unit, rate in rates.items() if rate) or "no limit"
+
+
 def show_vms(vms: Sequence[Vm]) -> None:
     """Print VMs, one a line."""
     rows = (
@@ -115,6 +122,7 @@ def show_vm(vm: Vm) -> None:
         ("initrd", _text(vm.initrd)),
         ("cmdline", vm.cmdline),
         *((f"disk {disk.id}", f"{_size(disk.size_bytes)}  {disk.path}") for disk in vm.disks),
+        *((f"rate group {group.id}", limit_text(group.rate_limit)) for group in vm.rate_groups),
         *((f"nic {nic.id}", _nic(nic)) for nic in vm.nics),
         *((f"share {share.tag}", share.path) for share in vm.shares),
         *([] if vm.vsock is None else [("vsock", _vsock(vm.vsock))]),

@@ -17,6 +17,7 @@ from .specs import (
     parse_nic,
     parse_pmem,
     parse_port,
+    parse_rate_group,
     parse_share,
     parse_vsock,
 )
@@ -51,12 +52,19 @@ Disks = Annotated[
     typer.Option(
         metavar="DISK",
         help="ID=image:NAME, ID=FILE or ID=nbd://..., then any of ,ro ,size=MIB ,format= ,cache= "
-        ",io= ,bps= ,iops=. Again for more.",
+        ",io= ,bps= ,iops= ,group=. Again for more.",
     ),
 ]
 Shares = Annotated[
     list[str] | None,
     typer.Option(metavar="SHARE", help="TAG=DIRECTORY, then perhaps ,ro. Again for more."),
+]
+Groups = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GROUP",
+        help="A limit that disks share (,group=ID): ID, then ,bps= or ,iops=. Again for more.",
+    ),
 ]
 Nics = Annotated[
     list[str] | None,
@@ -124,6 +132,7 @@ def create(
     vcpus: Annotated[int, typer.Option(help="1 to 16.")] = 1,
     memory: Annotated[int, typer.Option(metavar="MIB", help="Guest memory in MiB.")] = 256,
     disk: Disks = None,
+    rate_group: Groups = None,
     share: Shares = None,
     nic: Nics = None,
     vsock: Vsock = None,
@@ -157,6 +166,7 @@ def create(
 
     def build() -> VmCreate:
         wanted["disks"] = [parse_disk(text) for text in disk or ()]
+        wanted["rate_groups"] = [parse_rate_group(text) for text in rate_group or ()]
         wanted["shares"] = [parse_share(text) for text in share or ()]
         wanted["nics"] = [parse_nic(text) for text in nic or ()]
         wanted["vsock"] = None if vsock is None else parse_vsock(vsock)

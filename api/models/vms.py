@@ -22,6 +22,7 @@ from .devices import (
     Watchdog,
     WatchdogCreate,
 )
+from .limits import GroupId, RateGroup, RateGroupCreate, RateLimit
 
 MAX_VCPUS = 16
 MIN_MEMORY_MIB = 16
@@ -87,11 +88,6 @@ IoEngine = Annotated[
         "time, by the disk's own thread. `auto` is io_uring where the host permits it."
     ),
 ]
-# As kvm_ffi/rate_limiter.py has them.
-MAX_RATE = 10**12
-MAX_BURST = 1 << 32
-Rate = Annotated[int, Field(ge=1, le=MAX_RATE)]
-Burst = Annotated[int, Field(ge=1, le=MAX_BURST)]
 
 
 class VmState(StrEnum):
@@ -117,25 +113,6 @@ class VmAction(StrEnum):
     KILL = "kill"
     RESET = "reset"
     CTRL_ALT_DEL = "ctrl-alt-del"
-
-
-class RateLimit(Request):
-    """What a device may do in a second, and at once after it was idle; null is no limit."""
-
-    bytes_per_s: Rate | None = None
-    bytes_burst: Burst | None = Field(
-        default=None,
-        description="Left out, a tenth of a second's worth; at least a hundredth counts.",
-    )
-    ops_per_s: Rate | None = Field(default=None, description="Requests of any kind.")
-    ops_burst: Burst | None = Field(default=None, description="As bytes_burst.")
-
-    @model_validator(mode="after")
-    def _burst_of_a_rate(self) -> RateLimit:
-        for name in ("bytes", "ops"):
-            if getattr(self, f"{name}_burst") and not getattr(self, f"{name}_per_s"):
-                raise ValueError(f"`{name}_burst` goes with `{name}_per_s` only")
-        return self
 
 
 class DiskCreate(Request):
@@ -167,6 +144,9 @@ class DiskCreate(Request):
     cache: DiskCache = "writeback"
     io_engine: IoEngine = "auto"
     rate_limit: RateLimit | None = None
+    rate_group: GroupId | None = Field(
+        default=None, description="A rate group of the VM whose limit this disk shares."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> DiskCreate:
@@ -175,8 +155,9 @@ class DiskCreate(Request):
         if self.format != "raw" and self.path is None:
             raise ValueError("`format` goes with `path` only: images are raw, NBD has its own")
         is_ours = self.format == "raw" and self.nbd is None
-        if not is_ours and (self.io_engine != "auto" or self.rate_limit is not None):
-            raise ValueError("`io_engine` and `rate_limit` go with raw disks only")
+        ours = self.rate_limit or self.rate_group or self.io_engine != "auto"
+        if ours and not is_ours:
+            raise ValueError("`io_engine`, `rate_limit` and `rate_group` go with raw disks only")
         if self.size_mib is not None and (self.image is None or self.read_only):
             raise ValueError("`size_mib` goes with a writable `image` only")
         return self
@@ -242,6 +223,9 @@ class VmCreate(Request):
     disks: list[DiskCreate] = Field(
         default_factory=list, max_length=16, description="In the order that the guest sees."
     )
+    rate_groups: list[RateGroupCreate] = Field(
+        default_factory=list, max_length=16, description="Limits that its disks may share."
+    )
     nics: list[NicCreate] = Field(default_factory=list, max_length=8)
     vsock: VsockCreate | None = Field(
         default=None, description="A virtio-vsock device; `{}` takes every default."
@@ -281,6 +265,8 @@ class VmCreate(Request):
             if device_id in OWN_DEVICES:
                 raise ValueError(f"device id {device_id!r} is that of a device of Hostel's own")
             seen.add(device_id)
+        if len({group.id for group in self.rate_groups}) < len(self.rate_groups):
+            raise ValueError("a rate group's id is used twice")
         if len({share.tag for share in self.shares}) < len(self.shares):
             raise ValueError("a share's tag is used twice")
         if len(self.shares) + len(self.pmem) > MAX_SHARES_AND_PMEM:
@@ -365,6 +351,7 @@ class Disk(Response):
     cache: DiskCache
     io_engine: IoEngine
     rate_limit: RateLimit | None
+    rate_group: str | None
 
 
 class Nic(Response):
@@ -409,6 +396,7 @@ class Vm(Response):
     initrd: str | None
     cmdline: str
     disks: list[Disk]
+    rate_groups: list[RateGroup]
     nics: list[Nic]
     vsock: Vsock | None
     shares: list[Share]

@@ -30,6 +30,12 @@ ImagePath = Annotated[
 DiskPath = Annotated[
     str, Path(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="The disk's id.", examples=["root"])
 ]
+GroupPath = Annotated[
+    str,
+    Path(
+        pattern=r"^[a-z][a-z0-9-]{0,15}$", description="The rate group's id.", examples=["tenant"]
+    ),
+]
 NicPath = Annotated[
     str,
     Path(pattern=r"^[a-z][a-z0-9-]{0,15}$", description="The interface's id.", examples=["net0"]),

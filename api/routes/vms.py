@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..body import read_model, read_optional_model
+from ..models.limits import RateGroupPatch
 from ..models.resources import Operation
 from ..models.vms import (
     DiskCreate,
@@ -46,7 +47,7 @@ from ..reply import (
     service_of,
 )
 from ..route import make_router
-from .parameters import Detach, DiskPath, NicPath, VmPath, VmQuery, Wait
+from .parameters import Detach, DiskPath, GroupPath, NicPath, VmPath, VmQuery, Wait
 
 router = make_router("vms", "/v1/vms")
 
@@ -188,6 +189,25 @@ async def patch_disk(request: Request, vm: VmPath, disk: DiskPath, wait: Wait = 
     ref, version = await precondition(request, vm, service_of(request).get_vm)
     call = call_of(request, wait, version)
     return vm_response(request, await service_of(request).patch_disk(ref, disk, patch, call))
+
+
+@router.patch(
+    "/{vm}/rate-groups/{group}",
+    summary="Change the limits that disks share.",
+    responses={
+        **success(Vm, "The VM with the changed rate group.", is_object=True),
+        **problems(404, 408, 409, 412, 413, 415, 507),
+    },
+    openapi_extra=takes(RateGroupPatch, {"rate_limit": {"ops_per_s": 5000}}, has_if_match=True),
+)
+async def patch_rate_group(
+    request: Request, vm: VmPath, group: GroupPath, wait: Wait = 1.0
+) -> Response:
+    """It counts at once, also for requests that wait for the old limits."""
+    patch = await read_model(request, RateGroupPatch)
+    ref, version = await precondition(request, vm, service_of(request).get_vm)
+    call = call_of(request, wait, version)
+    return vm_response(request, await service_of(request).patch_rate_group(ref, group, patch, call))
 
 
 @router.patch(

@@ -140,6 +140,7 @@ async def prepare(
         shares=tuple(shares),
         watchdog=record.watchdog,
         ports=await _open_ports(record.ports, bag),
+        rate_groups=record.rate_groups,
         pmem=tuple([await _open_pmem(pmem, n, bag) for n, pmem in enumerate(record.pmem)]),
     )
 
@@ -160,6 +161,7 @@ async def open_disk(disk: DiskRecord, index: int, bag: FdBag) -> DiskSpec:
         disk.rate_limit,
         disk.slot,
         swaps=disk.swaps,
+        rate_group=disk.rate_group,
     )
 
 

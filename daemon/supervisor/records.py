@@ -46,6 +46,7 @@ class DiskRecord:
         path: of a file or block device, with format "nbd" the URI.
         is_own: it goes with the VM.
         rate_limit: what is limited.
+        rate_group: the rate group of the VM that it shares limits with.
         slot: its PCI slot.
         format: as api.models.vms.Disk has it; all but "raw" are served by a back end.
         swaps: a number that the file at ``path`` has, and no other that the disk has had.
@@ -66,6 +67,7 @@ class DiskRecord:
     format: DiskFormat = "raw"
     swaps: int = 0
     other: dict[str, Any] | None = None
+    rate_group: str | None = None
 
     def with_file(self, path: str, size_bytes: int) -> DiskRecord:
         """Return the disk with another file, which the worker is to take."""
@@ -201,6 +203,8 @@ class VmRecord:
     disk_errors: dict[str, int] = field(default_factory=dict)
     ports: tuple[PortRecord, ...] = ()
     pmem: tuple[PmemRecord, ...] = ()
+    # What is limited, by id.
+    rate_groups: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def encode(self) -> str:
         """Return the record as JSON text."""

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from api.errors import ApiError, Conflict
 from api.models.common import Page
+from api.models.limits import RateGroupPatch
 from api.models.resources import (
     Event,
     Host,
@@ -218,6 +219,16 @@ class Supervisor:
             entry = self._table.get(ref)
             change = self._maker.patch_disk(entry, disk_id, patch, _request(call))
             await self._tasks.complete(change, "change disk")
+            return self._model(entry)
+
+    async def patch_rate_group(
+        self, ref: str, group_id: str, patch: RateGroupPatch, call: Call
+    ) -> Vm:
+        """Change the limits that disks share, at once."""
+        async with _door(f"change rate group {group_id} of VM {ref}"):
+            entry = self._table.get(ref)
+            change = self._maker.patch_rate_group(entry, group_id, patch, _request(call))
+            await self._tasks.complete(change, "change rate group")
             return self._model(entry)
 
     async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from api.errors import HostFailure, Invalid, NotFound
 from api.models.common import ObjectRef
+from api.models.limits import RateGroupPatch
 from api.models.vms import DiskPatch, NicPatch, Vm, VmCreate, VmPatch, VmState
 
 from ..images.importer import clone_disk
@@ -235,7 +236,7 @@ class VmMaker:
                 event = entry.event("disk_limited", request.actor, disk=disk_id, **limits)
                 changed = _with_disk(entry.record, disk_id, rate_limit=limits)
                 await self._table.commit(entry, event, disks=changed)
-                await self._tell_disk(entry, "limit_disk", disk_id, rate_limit=limits)
+                await self._tell(entry, "limit_disk", disk=disk_id, rate_limit=limits)
 
     async def _grow_disk(
         self, entry: VmEntry, disk: DiskRecord, size_bytes: int, request: Request
@@ -253,11 +254,34 @@ class VmMaker:
         event = entry.event("disk_resized", request.actor, disk=disk.id, size_bytes=size_bytes)
         changed = _with_disk(entry.record, disk.id, size_bytes=size_bytes)
         await self._table.record(entry, event, disks=changed)
-        await self._tell_disk(entry, "resize_disk", disk.id)
+        await self._tell(entry, "resize_disk", disk=disk.id)
 
-    async def _tell_disk(self, entry: VmEntry, op: str, disk_id: str, **args: object) -> None:
+    async def patch_rate_group(
+        self, entry: VmEntry, group_id: str, patch: RateGroupPatch, request: Request
+    ) -> None:
+        """Change the limits that disks share, also of a VM that runs.
+
+        Raises:
+            NotFound: the VM has no such rate group.
+        """
+        async with entry.lock:
+            entry.check_present()
+            entry.check_version(request.if_match)
+            groups = entry.record.rate_groups
+            if group_id not in groups:
+                raise NotFound(
+                    "rate_group_not_found",
+                    f"VM {entry.record.name} has no rate group {group_id}; it has:"
+                    f" {', '.join(groups) or 'none'}",
+                )
+            limits = limits_of(patch.rate_limit)
+            event = entry.event("rate_group_limited", request.actor, group=group_id, **limits)
+            await self._table.commit(entry, event, rate_groups={**groups, group_id: limits})
+            await self._tell(entry, "limit_group", group=group_id, rate_limit=limits)
+
+    async def _tell(self, entry: VmEntry, op: str, **args: object) -> None:
         if entry.worker is not None and entry.record.state in _HAS_DISKS:
-            await self._runner.ask(entry, op, {"disk": disk_id, **args})
+            await self._runner.ask(entry, op, args)
 
     async def patch_nic(
         self, entry: VmEntry, nic_id: str, patch: NicPatch, request: Request

@@ -20,12 +20,12 @@ from typing import Any, Final
 
 from api.errors import ApiError, Conflict, Invalid
 from api.models.devices import MAX_CID, PortCreate, ShareCreate, VsockCreate
+from api.models.limits import RateLimit
 from api.models.resources import Image
 from api.models.vms import (
     OWN_DEVICES,
     DiskCreate,
     NicCreate,
-    RateLimit,
     VmCreate,
     VmPatch,
     VmState,
@@ -38,9 +38,7 @@ from .dirs import Layout
 from .launch import MIB
 from .library import Library
 from .records import (
-    Cache,
     DiskRecord,
-    IoEngine,
     NicRecord,
     PmemRecord,
     PortRecord,
@@ -79,6 +77,7 @@ class Planner:
             ApiError: a value is out of range, or names something that is not there.
         """
         _check_memory(request.memory_mib)
+        _check_groups(request.disks, [group.id for group in request.rate_groups])
         kernel = self._library.kernels.resolve(request.kernel, "kernel")
         initrd = self._initrd(request.initrd)
         vm_id = str(uuid.uuid4())
@@ -93,6 +92,7 @@ class Planner:
             initrd_id=None if initrd is None else initrd.id,
             cmdline=request.cmdline,
             disks=await self._plan_disks(vm_id, request.disks),
+            rate_groups={group.id: limits_of(group.rate_limit) for group in request.rate_groups},
             nics=self._plan_nics(vm_id, request.nics),
             shares=self._plan_shares(request.shares),
             # After what is awaited: the caller holds the CID before anyone else can ask for one.
@@ -145,6 +145,7 @@ class Planner:
             ApiError: as plan_create(), its id is taken, or there are too many.
         """
         _check_device(record, wanted.id)
+        _check_groups([wanted], record.rate_groups)
         slot = _free_slot(record, DISK_SLOTS, [disk.slot for disk in record.disks], "disks")
         await _check_twice((*record.disks, *record.pmem), wanted)
         (disk,) = await self._plan_disks(record.id, [wanted])
@@ -240,9 +241,9 @@ class Planner:
                 )
             record = DiskRecord(
                 *(disk.id, disk.path, None, False, disk.read_only, found.size_bytes),
-                *_io_of(disk),
-                slot,
-                disk.format,
+                **_io_of(disk),
+                slot=slot,
+                format=disk.format,
             )
             records.append(await self._with_format(vm_id, record, field))
         return tuple(records)
@@ -320,7 +321,7 @@ class Planner:
         if disk.read_only:
             path = self._library.image_path(image)
             size_bytes = image.size_bytes
-            return DiskRecord(disk.id, path, image.id, False, True, size_bytes, *_io_of(disk))
+            return DiskRecord(disk.id, path, image.id, False, True, size_bytes, **_io_of(disk))
         size_bytes = image.size_bytes if disk.size_mib is None else disk.size_mib * MIB
         if size_bytes < image.size_bytes:
             raise Invalid(
@@ -332,7 +333,7 @@ class Planner:
         sectors = -(-size_bytes // disks.SECTOR_BYTES)
         path = str(self._layout.vm_state(vm_id) / "disks" / f"{disk.id}.raw")
         size_bytes = sectors * disks.SECTOR_BYTES
-        return DiskRecord(disk.id, path, image.id, True, False, size_bytes, *_io_of(disk))
+        return DiskRecord(disk.id, path, image.id, True, False, size_bytes, **_io_of(disk))
 
     # --- network interfaces
 
@@ -399,13 +400,29 @@ class Planner:
                     yield entry.record.name, nic.tap
 
 
-def _io_of(disk: DiskCreate) -> tuple[Cache, IoEngine, dict[str, int]]:
-    return disk.cache, disk.io_engine, limits_of(disk.rate_limit)
+def _io_of(disk: DiskCreate) -> dict[str, Any]:
+    return {
+        "cache": disk.cache,
+        "io_engine": disk.io_engine,
+        "rate_limit": limits_of(disk.rate_limit),
+        "rate_group": disk.rate_group,
+    }
 
 
 def limits_of(rate_limit: RateLimit | None) -> dict[str, int]:
     """Return the limits that are set."""
     return {} if rate_limit is None else rate_limit.model_dump(exclude_none=True)
+
+
+def _check_groups(disks: list[DiskCreate], groups: Iterable[str]) -> None:
+    for index, disk in enumerate(disks):
+        if disk.rate_group not in (None, *groups):
+            raise Invalid(
+                "rate_group_unknown",
+                f"disk {disk.id}: the VM has no rate group {disk.rate_group}; it has:"
+                f" {', '.join(groups) or 'none'}",
+                field=f"disks.{index}.rate_group",
+            )
 
 
 def _check_device(record: VmRecord, device_id: str) -> None:

@@ -21,7 +21,8 @@ from typing import Any, Final
 from api.errors import Conflict, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
 from api.models.devices import Pmem, Port, Share, Vsock, Watchdog
-from api.models.vms import Disk, Nic, RateLimit, StateReason, Vm
+from api.models.limits import RateGroup, RateLimit
+from api.models.vms import Disk, Nic, StateReason, Vm
 from api.ports import ListQuery
 
 from . import lifecycle
@@ -345,8 +346,13 @@ def to_model(entry: VmEntry, names: dict[str, str]) -> Vm:
                 cache=disk.cache,
                 io_engine=disk.io_engine,
                 rate_limit=_limit(disk.rate_limit),
+                rate_group=disk.rate_group,
             )
             for disk in record.disks
+        ],
+        rate_groups=[
+            RateGroup(id=group_id, rate_limit=_limit(limits))
+            for group_id, limits in record.rate_groups.items()
         ],
         nics=[_nic(nic, record.vcpus) for nic in record.nics],
         vsock=None if vsock is None else Vsock(**asdict(vsock)),

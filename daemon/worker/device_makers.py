@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserFs, VhostUse
 from devices.virtio.vsock import UnixVirtioVsock, VhostVirtioVsock, VirtioVsock
 from kvm_ffi.blk_engine import IoEngine
 from kvm_ffi.net_tap import Tap
-from kvm_ffi.rate_limiter import RateLimit
+from kvm_ffi.rate_limiter import RateGroup, RateLimit
 
 from ..errors import ProtocolError
 from ..protocol import (
@@ -102,8 +102,13 @@ class MachineFds:
 DeviceMaker = Callable[[list[int]], VirtioDevice]
 
 
+def make_rate_groups(spec: MachineSpec) -> dict[str, RateGroup]:
+    """Return the rate groups of a machine by id."""
+    return {name: RateGroup(RateLimit(**limits)) for name, limits in spec.rate_groups.items()}
+
+
 def virtio_devices(
-    spec: MachineSpec, fds: MachineFds
+    spec: MachineSpec, fds: MachineFds, groups: Mapping[str, RateGroup]
 ) -> Iterator[tuple[DeviceMaker, tuple[int, ...], Sequence[int]]]:
     """Yield how to make each device, the descriptors behind it, and where it may go."""
     for disk in spec.disks:
@@ -111,7 +116,11 @@ def virtio_devices(
         if disk.vhost_user:
             yield partial(_make_vhost_user_blk, disk, fds), (), where
         else:
-            yield partial(_make_disk, disk, spec.vcpus), (fds[disk.fd],), where
+            yield (
+                partial(_make_disk, disk, spec.vcpus, _group(disk, groups)),
+                (fds[disk.fd],),
+                where,
+            )
     for nic in spec.nics:
         where = _slots(nic.slot, NIC_SLOTS)
         if nic.vhost_user:
@@ -138,7 +147,15 @@ def _slots(wanted: int | None, free: range) -> Sequence[int]:
     return free if wanted is None else (wanted,)
 
 
-def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:
+def _group(disk: DiskSpec, groups: Mapping[str, RateGroup]) -> RateGroup | None:
+    if disk.rate_group is None:
+        return None
+    if disk.rate_group not in groups:
+        raise ProtocolError(f"disk {disk.id} is of a rate group {disk.rate_group!r}, of none")
+    return groups[disk.rate_group]
+
+
+def _make_disk(disk: DiskSpec, vcpus: int, group: RateGroup | None, fds: list[int]) -> VirtioBlk:
     # The serial is the id, so that a guest finds its disk as /dev/disk/by-id/virtio-ID.
     return VirtioBlk(
         disk.id,
@@ -149,6 +166,7 @@ def _make_disk(disk: DiskSpec, vcpus: int, fds: list[int]) -> VirtioBlk:
         n_queues=vcpus,
         io_engine=IoEngine(disk.io_engine),
         limit=RateLimit(**disk.rate_limit),
+        group=group,
     )
 
 

@@ -46,7 +46,7 @@ from kvm_ffi.vcpu import Vcpu
 from ..errors import WorkerError
 from ..protocol import MachineSpec, NicWishes
 from . import boot, layout
-from .device_makers import MachineFds, make_with_copies, virtio_devices
+from .device_makers import MachineFds, make_rate_groups, make_with_copies, virtio_devices
 from .device_stats import device_stats
 from .machine_event import MachineEvent
 from .pmem import add_memory
@@ -120,6 +120,7 @@ class Machine:
         if spec.watchdog is not None:
             self._watchdog = self._add_watchdog(stack, is_after_watchdog)
         acpi = self._acpi_config(spec)
+        self.rate_groups = make_rate_groups(spec)
         self._add_pci(spec, fds, acpi, stack)
         for gpa, blob in build_tables(acpi).blobs:
             memory.write(Gpa(gpa), blob)
@@ -199,7 +200,7 @@ class Machine:
 
         self._virtio = VirtioSlots(self._pci, self._ged, self._pio, wrap, self._on_ejected)
         stack.callback(self._virtio.close)
-        for make, device_fds, slots in virtio_devices(spec, fds):
+        for make, device_fds, slots in virtio_devices(spec, fds, self.rate_groups):
             self._virtio.add(make_with_copies(make, device_fds), slots, device_fds)
         self._backends.serve(
             self.event_loop, partial(self._report, "backend_lost", "a back end is lost")
@@ -279,16 +280,7 @@ class Machine:
         Raises:
             WorkerError: the VM has no such disk.
         """
-        return self._disk(disk_id).refresh_size() * SECTOR_BYTES
-
-    def limit_disk(self, disk_id: str, limit: RateLimit) -> None:
-        """Change a disk's rate limits.
-
-        Raises:
-            WorkerError: the VM has no such disk.
-            ValueError: a number is out of range.
-        """
-        self._disk(disk_id).set_limit(limit)
+        return self.disk(disk_id).refresh_size() * SECTOR_BYTES
 
     def swap_disk(self, disk_id: str, fd: int) -> None:
         """Put another file, of which the caller keeps ``fd``, behind a disk.
@@ -296,7 +288,7 @@ class Machine:
         Raises:
             WorkerError: the VM has no such disk, or it keeps the file that it has, and why.
         """
-        disk, copy = self._disk(disk_id), os.dup(fd)
+        disk, copy = self.disk(disk_id), os.dup(fd)
         try:
             disk.swap(copy)
         except BaseException as err:
@@ -317,7 +309,12 @@ class Machine:
         """Return the disks that this process serves itself."""
         return [device for device in self._virtio if isinstance(device, VirtioBlk)]
 
-    def _disk(self, disk_id: str) -> VirtioBlk:
+    def disk(self, disk_id: str) -> VirtioBlk:
+        """Return one of these.
+
+        Raises:
+            WorkerError: the VM has no such disk.
+        """
         device = self._virtio.get(disk_id)
         if not isinstance(device, VirtioBlk):
             raise WorkerError("no_such_disk", f"the VM has no disk {disk_id!r}")
@@ -353,7 +350,7 @@ class Machine:
         """
         added: list[str] = []
         try:
-            for make, device_fds, slots in virtio_devices(spec, fds):
+            for make, device_fds, slots in virtio_devices(spec, fds, self.rate_groups):
                 device = make_with_copies(make, device_fds)
                 self._virtio.add(device, slots, device_fds)
                 added.append(device.name)

@@ -22,7 +22,6 @@ from devices.ratelimit import RateLimiter
 from kvm_ffi.errors import HostError
 from kvm_ffi.eventfd import EventFd
 from kvm_ffi.heap_image import HeapImage
-from kvm_ffi.rate_limiter import RateLimit
 from kvm_ffi.system import HostFacts
 
 from .. import protocol
@@ -34,6 +33,7 @@ from .control import ControlServer, FdHandler
 from .counts import Counts
 from .device_makers import MachineFds, device_status
 from .last_words import write_last_words
+from .limits import change_limits
 from .machine import Machine
 from .machine_event import MachineEvent
 from .settling import Settling
@@ -94,7 +94,8 @@ class Worker:
             "power_button": self._on_power_button,
             "ctrl_alt_del": self._on_ctrl_alt_del,
             "resize_disk": self._on_resize_disk,
-            "limit_disk": self._on_limit_disk,
+            "limit_disk": self._on_limit,
+            "limit_group": self._on_limit,
             "detach": self._on_detach,
             "keep": self._on_keep,
             "set_nic": self._on_set_nic,
@@ -218,18 +219,11 @@ class Worker:
         machine = self._need("running", "paused", "crashed")
         return {"size_bytes": machine.refresh_disk(str(args.get("disk")))}
 
-    def _on_limit_disk(self, args: dict[str, Any]) -> dict[str, Any]:
+    def _on_limit(self, args: dict[str, Any]) -> dict[str, Any]:
         machine = self._need("running", "paused", "crashed")
-        disk_id, limits = str(args.get("disk")), args.get("rate_limit")
-        if not isinstance(limits, dict):
-            raise ProtocolError("limit_disk: rate_limit must be an object")
-        try:
-            machine.limit_disk(disk_id, RateLimit(**limits))
-        except (TypeError, ValueError) as err:
-            raise ProtocolError(f"limit_disk: {err}") from err
         assert self._spec is not None
         # A reset builds the machine anew, from the spec.
-        self._spec = self._spec.with_disk(disk_id, rate_limit=limits)
+        self._spec = change_limits(machine, self._spec, args)
         return {}
 
     def _on_swap_disk(self, args: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from api.errors import ApiError, Busy, Conflict, Invalid, NotFound, PreconditionFailed
 from api.models.common import ObjectRef, Page
 from api.models.devices import Pmem, Port, Vsock, VsockCreate
+from api.models.limits import RateGroup, RateGroupPatch
 from api.models.resources import (
     Check,
     Event,
@@ -268,6 +269,16 @@ class FakeService:
             changes |= {"path": patch.path, "image": None}
         disks = [d.model_copy(update=changes) if d.id == disk_id else d for d in vm.disks]
         return self._keep(vm, disks=disks)
+
+    async def patch_rate_group(
+        self, ref: str, group_id: str, patch: RateGroupPatch, call: Call
+    ) -> Vm:
+        vm = self._checked(ref, call)
+        if group_id not in [group.id for group in vm.rate_groups]:
+            raise NotFound("rate_group_not_found", f"VM {vm.name} has no rate group {group_id}")
+        changed = RateGroup(id=group_id, rate_limit=patch.rate_limit)
+        groups = [changed if group.id == group_id else group for group in vm.rate_groups]
+        return self._keep(vm, rate_groups=groups)
 
     async def patch_nic(self, ref: str, nic_id: str, patch: NicPatch, call: Call) -> Vm:
         vm = self._checked(ref, call)
@@ -533,6 +544,7 @@ def _disk(wanted: DiskCreate) -> Disk:
         cache=wanted.cache,
         io_engine=wanted.io_engine,
         rate_limit=wanted.rate_limit,
+        rate_group=wanted.rate_group,
     )
 
 

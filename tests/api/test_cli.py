@@ -27,6 +27,7 @@ from api.cli.specs import (
     parse_label,
     parse_nic,
     parse_pmem,
+    parse_rate_group,
     parse_share,
 )
 from api.models.common import ObjectRef
@@ -149,6 +150,19 @@ def test_nic_is_limited_and_freed(cli: Cli) -> None:
     assert limited["nics"][0]["rx_limit"]["ops_per_s"] == 50
     freed = cli.json("vm", "set-nic", "web-1", "net0", "--rx-bps", "0")
     assert freed["nics"][0]["rx_limit"] is None
+
+
+def test_rate_group_is_limited_and_let_go(cli: Cli) -> None:
+    disks = ("--disk", "a=/a,group=all", "--disk", "b=/b,group=all")
+    cli.run("vm", "create", "web-1", "--kernel", "debian", *disks, "--rate-group", "all,iops=10")
+    shown = cli.run("vm", "show", "web-1").stdout
+    assert "rate group all" in shown
+    assert "10 requests/s" in shown
+    done = cli.run("vm", "limit-group", "web-1", "all", "--bps", "4096", "--iops", "5")
+    assert done.stdout == "rate group all: 4096 bytes/s and 5 requests/s\n"
+    assert cli.run("vm", "limit-group", "web-1", "all").stdout == "rate group all: no limit\n"
+    assert cli.json("vm", "limit-group", "web-1", "all")["rate_groups"][0]["rate_limit"] is None
+    assert "rate_group_not_found" in cli.run("vm", "limit-group", "web-1", "x", code=1).stderr
 
 
 def test_disk_is_grown(cli: Cli) -> None:
@@ -403,13 +417,14 @@ def test_wrong_usage_is_exit_2(cli: Cli, words: list[str], says: str) -> None:
         ("data=/dev/vg0/a,ro", {"id": "data", "path": "/dev/vg0/a", "read_only": True}),
         ("data=path:/a:b", {"id": "data", "path": "/a:b"}),
         (
-            "data=/a,cache=none,io=threads,iops=100,bps=4096",
+            "data=/a,cache=none,io=threads,iops=100,bps=4096,group=tenant",
             {
                 "id": "data",
                 "path": "/a",
                 "cache": "none",
                 "io_engine": "threads",
                 "rate_limit": {"ops_per_s": 100, "bytes_per_s": 4096},
+                "rate_group": "tenant",
             },
         ),
     ],
@@ -439,6 +454,15 @@ def test_relative_paths_begin_where_the_command_is_typed(
     assert parse_share("src=work")["path"] == f"{tmp_path}/work"
     assert parse_pmem("data=file,ro")["path"] == f"{tmp_path}/file"
     assert parse_nic("net0,socket=vhu0")["socket"] == f"{tmp_path}/vhu0"
+
+
+def test_rate_group_is_read_as_written() -> None:
+    assert parse_rate_group("all") == {"id": "all", "rate_limit": None}
+    limit = {"ops_per_s": 100, "bytes_per_s": 4096}
+    assert parse_rate_group("all,iops=100,bps=4096") == {"id": "all", "rate_limit": limit}
+    for text in ("all,burst=1", "all,iops=x", "all,iops"):
+        with pytest.raises(BadSpec, match=re.escape(repr(text))):
+            parse_rate_group(text)
 
 
 def test_nic_is_read_as_written() -> None:
@@ -518,7 +542,7 @@ def test_help_names_every_argument_alike_and_no_type_of_python() -> None:
 
 def test_disk_help_names_all_that_can_be_written() -> None:
     shown = " ".join(CliRunner().invoke(app, ["vm", "create", "--help"]).stdout.split())
-    for word in ("ro", "size=", "format=", "cache=", "io=", "bps=", "iops="):
+    for word in ("ro", "size=", "format=", "cache=", "io=", "bps=", "iops=", "group="):
         assert f",{word}" in shown
 
 

@@ -35,6 +35,7 @@ MORE_THAN_SCHEMA = {
     "attach_disk",
     "attach_nic",
     "patch_nic",
+    "patch_rate_group",
     "upload_kernel",
     "upload_image",
     "list_events",

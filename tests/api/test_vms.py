@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from api.models.vms import VmAction
@@ -138,6 +140,41 @@ def test_a_disk_s_limits_are_changed_and_taken_away(api: Api) -> None:
     assert freed["rate_limit"] is None
     for body in ({}, {"rate_limit": {"ops_burst": 5}}, {"rate_limit": {"ops_per_s": 0}}):
         assert api.patch(path, json=body).status_code == 422
+
+
+def test_disks_share_the_limits_of_a_rate_group(api: Api) -> None:
+    groups = [{"id": "tenant", "rate_limit": {"ops_per_s": 100}}, {"id": "free"}]
+    disk = {"id": "root", "image": "debian", "rate_group": "tenant"}
+    vm = api.create("web-1", disks=[disk], rate_groups=groups)
+    assert vm["disks"][0]["rate_group"] == "tenant"
+    assert [group["id"] for group in vm["rate_groups"]] == ["tenant", "free"]
+    path = "/v1/vms/web-1/rate-groups/tenant"
+    changed = api.patch(path, json={"rate_limit": {"bytes_per_s": 4096}}).json()
+    assert changed["rate_groups"][0]["rate_limit"]["bytes_per_s"] == 4096
+    assert changed["rate_groups"][0]["rate_limit"]["ops_per_s"] is None
+    freed = api.patch(path, json={"rate_limit": None}).json()
+    assert freed["rate_groups"][0] == {"id": "tenant", "rate_limit": None}
+    for body in ({}, {"rate_limit": {"ops_burst": 5}}, {"ops_per_s": 5}):
+        assert api.patch(path, json=body).status_code == 422
+    missing = api.patch("/v1/vms/web-1/rate-groups/none", json={"rate_limit": None})
+    assert (missing.status_code, missing.json()["code"]) == (404, "rate_group_not_found")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rate_groups": [{"id": "a"}, {"id": "a"}]}, "used twice"),
+        ({"rate_groups": [{"id": "A"}]}, "rate_groups.0.id"),
+        ({"rate_groups": [{"id": "a", "rate_limit": {"ops_per_s": 0}}]}, "ops_per_s"),
+        ({"disks": [{"id": "d", "nbd": "nbd://h/x", "rate_group": "a"}]}, "go with raw disks only"),
+    ],
+)
+def test_a_rate_group_that_cannot_be_is_refused(
+    api: Api, fields: dict[str, Any], said: str
+) -> None:
+    reply = api.post("/v1/vms", json={"name": "web-1", "kernel": "debian", **fields})
+    assert reply.status_code == 422
+    assert said in reply.text
 
 
 def test_cable_is_pulled(api: Api) -> None:

@@ -103,10 +103,11 @@ def linux(
             # No root disk: a shell in the initramfs is there sooner.
             "cmdline": "console=ttyS0 quiet reboot=k panic=-1",
             "disks": [
-                {"id": "small", "path": str(small)},
+                {"id": "small", "path": str(small), "rate_group": "both"},
                 {"id": "failing", "path": str(failing.path), "cache": "none"},
-                {"id": "data", "path": str(old)},
+                {"id": "data", "path": str(old), "rate_group": "both"},
             ],
+            "rate_groups": [{"id": "both"}],
         },
     )
     linux = LinuxGuest(hostel, guest, "disks")
@@ -157,6 +158,40 @@ def test_a_failing_device_is_told_by_its_error_and_no_other_disk_suffers(
     failing.heal()
     assert "1+0 records out" in linux.ask(read_at(4))
     assert linux.vm["reason"] is None
+
+
+def read_both(count: int) -> str:
+    """Read from both disks of the group at the same time, request by request."""
+    read = f"dd of=/dev/null bs=4k count={count} iflag=direct"
+    return f"({read} if=/dev/vda & {read} if=/dev/vdc & wait)"
+
+
+def requests(linux: LinuxGuest) -> list[int]:
+    disks = linux.hostel.api.get("/v1/vms/disks/stats")["disks"]
+    return [disks["small"]["reads"], disks["data"]["reads"]]
+
+
+def test_two_disks_of_a_rate_group_have_its_limit_in_sum_until_it_is_lifted(
+    linux: LinuxGuest,
+) -> None:
+    group = "/v1/vms/disks/rate-groups/both"
+    before = requests(linux)
+    began = time.monotonic()
+    limit = {"ops_per_s": 100, "ops_burst": 10}
+    linux.hostel.api.call("PATCH", group, {"rate_limit": limit})
+    assert linux.ask(f"{read_both(150)} 2>&1").count("150+0 records out") == 2
+    after = requests(linux)
+    served = [now - then for now, then in zip(after, before, strict=True)]
+    assert min(served) >= 150
+    assert sum(served) <= 10 + 100 * (time.monotonic() - began)
+    # Now what would take minutes; it waits in the rings, and goes with the new limit.
+    linux.hostel.api.call("PATCH", group, {"rate_limit": {"ops_per_s": 5}})
+    linux.ask(f"({read_both(600)}; touch /let-go) >/dev/null 2>&1 &")
+    linux.ask("sleep 2")
+    assert sum(requests(linux)) - sum(after) < 2 * 600
+    linux.hostel.api.call("PATCH", group, {"rate_limit": None})
+    assert linux.ask(UNTIL.format(claim="[ -e /let-go ]")) == "done"
+    assert linux.hostel.api.get("/v1/vms/disks/stats")["disks"]["data"]["throttled"] > 0
 
 
 def test_a_disk_has_another_file_and_the_guest_its_size_without_a_rescan(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,45 @@ def test_a_limit_is_changed_on_a_running_disk_and_outlives_a_reset(hostel: Hoste
     freed = hostel.api.call("PATCH", f"/v1/vms/{name}/disks/root", {"rate_limit": None})
     assert freed["disks"][0]["rate_limit"] is None
     hostel.delete(name)
+
+
+def test_a_rate_group_limits_a_running_guest_and_outlives_reset_and_restart(
+    own_hostel: Hostel,
+) -> None:
+    root, data = disk_file(own_hostel, "grouped.raw"), disk_file(own_hostel, "later.raw")
+    guest = DiskGuest(own_hostel, root, vm={"rate_groups": [{"id": "all"}]}, rate_group="all")
+    assert [answer[0] for answer in guest.ask("abcd")] == ["0"] * 4
+    group = f"/v1/vms/{guest.name}/rate-groups/all"
+    limit = {"rate_limit": {"ops_per_s": 1, "ops_burst": 1}}
+    own_hostel.api.call("PATCH", group, limit)
+    for actions in ((), ("reset",), ("kill", "start")):
+        if actions:
+            guest.act(*actions)
+        began = time.monotonic()
+        assert [answer[0] for answer in guest.ask("abc")] == ["0"] * 3
+        # One was left, and one comes each second.
+        assert time.monotonic() - began >= 2
+    assert own_hostel.api.get(f"/v1/vms/{guest.name}/stats")["disks"]["root"]["throttled"] > 0
+    # Of two requests one waits more than an hour, and goes by the new limit.
+    own_hostel.api.call("PATCH", group, {"rate_limit": {"bytes_per_s": 1, "bytes_burst": 4096}})
+    begin = len(guest.console.text)
+    own_hostel.api.type(guest.name, "ab")
+    began = guest.console.wait_for(".", after=begin)
+    own_hostel.api.call("PATCH", group, {"rate_limit": None})
+    guest.console.wait_for(".", after=began)
+    own_hostel.api.call("PATCH", group, limit)
+    own_hostel.restart()
+    [shown] = own_hostel.api.vm(guest.name)["rate_groups"]
+    assert shown["rate_limit"]["ops_per_s"] == 1
+    own_hostel.api.call("PATCH", group, {"rate_limit": None})
+    attached = {"id": "data", "path": str(data), "rate_group": "all"}
+    vm = own_hostel.api.post(f"/v1/vms/{guest.name}/disks?wait=60", attached)
+    assert [disk["rate_group"] for disk in vm["disks"]] == ["all", "all"]
+    own_hostel.api.call("DELETE", f"/v1/vms/{guest.name}/disks/data?wait=60&force=true")
+    with pytest.raises(ApiFailure, match="no rate group none; it has: all") as refused:
+        own_hostel.api.post(f"/v1/vms/{guest.name}/disks", {**attached, "rate_group": "none"})
+    assert (refused.value.status, refused.value.code) == (422, "rate_group_unknown")
+    guest.delete()
 
 
 def test_a_disk_past_the_page_cache_starts(hostel: Hostel) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from api.errors import ApiError, Conflict, Invalid, NotFound
-from api.models.vms import DiskPatch, NicPatch, RateLimit, VmAction, VmPatch, VmState
+from api.models.limits import RateLimit
+from api.models.vms import DiskPatch, NicPatch, VmAction, VmPatch, VmState
 from daemon.supervisor import disks
 from daemon.supervisor.service import Supervisor
 from daemon.supervisor.vm_plan import FIRST_CID, derive_mac

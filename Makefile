@@ -102,7 +102,7 @@ guest: build
 # --- speed and memory: ratios against a peer, no timed tests
 
 bench: build guest
-	@for name in exits ring create memory boot blk vhost_user net vsock; do $(BIN)/python -m bench.$$name || exit 1; echo; done
+	@for name in exits ring limits create memory boot blk vhost_user net vsock; do $(BIN)/python -m bench.$$name || exit 1; echo; done
 
 # Each target keeps its corpus in .cache/fuzz, so that the next run goes on from there.
 fuzz: build

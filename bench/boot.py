@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import Goal, document, interleave, medians, parser, progress, row, show
-from bench.qemu import Peer, warm_up
+from bench.qemu import Peer, copy_to
 from lab.guests import Guest, find_guest
 from lab.hosteld import ROOT
 from lab.where import in_lab, lab_command, why_not_here
@@ -89,16 +89,21 @@ def measure_in_labs(rounds: int) -> Samples:
 def measure(guest: Guest, rounds: int) -> Samples:
     """Measure every case once a round, on this host; in milliseconds."""
     directory = Path(tempfile.mkdtemp(prefix="hb-"))
+    memory = Path(tempfile.mkdtemp(prefix="hb-", dir="/dev/shm"))
     hostel = Hostel(directory)
     try:
         hostel.start()
         prepare(hostel, guest)
-        kernels = {"ELF by PVH": unpacked_kernel(hostel), "bzImage": guest.kernel}
-        warm_up(*kernels.values(), guest.instant)
+        kernels = {
+            "ELF by PVH": shutil.copy(unpacked_kernel(hostel), memory / "elf"),
+            "bzImage": shutil.copy(guest.kernel, memory / "bzimage"),
+        }
+        program = copy_to(memory)
+        initrd = shutil.copy(guest.instant, memory)
         cases: dict[str, Callable[[], float]] = {OURS: partial(boot_ours, hostel)}
         for machine in ("microvm", "q35"):
             for kind, kernel in kernels.items():
-                peer = Peer(machine, kernel, guest.instant, CMDLINE, MEMORY_MIB)
+                peer = Peer(machine, kernel, initrd, CMDLINE, MEMORY_MIB, program=program)
                 cases[f"{machine} {kind}"] = partial(boot_peer, peer, guest)
         # The first start of each side waits for disks, and time that is counted by instructions
         # runs away meanwhile.
@@ -108,6 +113,7 @@ def measure(guest: Guest, rounds: int) -> Samples:
     finally:
         hostel.end()
         shutil.rmtree(directory)
+        shutil.rmtree(memory)
 
 
 def prepare(hostel: Hostel, guest: Guest) -> None:

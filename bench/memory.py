@@ -138,10 +138,12 @@ def measure_qemu(guest: Guest, count: int) -> tuple[float, float]:
     warm_up(guest.kernel, guest.instant)
     with ExitStack() as stack:
         pids = [_start_peer(peer, marker, stack)]
+        time.sleep(IDLE_S)
         alone = beyond_ram_mib(pids[0], RAM_NAME)
         progress(f"one QEMU: {alone:.2f} MiB")
         for _ in range(1, count):
             pids.append(_start_peer(peer, marker, stack))
+        time.sleep(IDLE_S)
         many = [beyond_ram_mib(pid, RAM_NAME) for pid in pids]
         progress(f"{count} QEMUs: {min(many):.2f} to {max(many):.2f} MiB")
         return alone, statistics.median(many)

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import os
+import re
 import select
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -40,6 +42,7 @@ class Peer:
     # process can map it too.
     has_named_ram: bool = False
     devices: tuple[str, ...] = ()
+    program: tuple[str, ...] = (PROGRAM,)
 
     def command(self) -> list[str]:
         """Return the command line; nothing that is not needed is there."""
@@ -48,7 +51,7 @@ class Peer:
             machine += ",memory-backend=ram"
             ram = ["-object", f"{RAM_NAME},id=ram,size={self.memory_mib}M,share=on"]
         return [
-            *(PROGRAM, "-M", machine, *ram),
+            *(*self.program, "-M", machine, *ram),
             *("-m", str(self.memory_mib), "-cpu", "host", "-smp", "1"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-serial", "stdio", "-kernel", str(self.kernel), "-initrd", str(self.initrd)),
@@ -96,6 +99,24 @@ def _await(process: subprocess.Popen[bytes], marker: bytes, limit_s: float) -> f
             raise TimeoutError(f"QEMU ended early; it said: {data[-500:]!r}")
         data += piece
     return time.monotonic()
+
+
+def copy_to(directory: Path) -> tuple[str, ...]:
+    """Copy QEMU's program, libraries and firmware into a directory; return how to start it there.
+
+    In the lab the host's files are behind 9p, where each open(2) is a wait, and time that is
+    counted by instructions runs away in a wait.
+    """
+    found = subprocess.run(
+        ["ldd", shutil.which(PROGRAM) or PROGRAM], stdout=subprocess.PIPE, text=True, check=True
+    )
+    libraries = re.findall(r"(/\S+) \(0x", found.stdout)
+    firmware = (p for base in FIRMWARE for name in FIRMWARE_NAMES for p in Path(base).glob(name))
+    for path in (shutil.which(PROGRAM) or PROGRAM, *libraries, *firmware):
+        shutil.copy(path, directory)
+    (loader,) = directory.glob("ld-linux*.so*")
+    program = directory / PROGRAM
+    return (str(loader), "--library-path", str(directory), str(program), "-L", str(directory))
 
 
 def warm_up(*files: Path) -> None:

@@ -4,4 +4,9 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["kvm_ffi/build_kvm.py:ffibuilder"])
+setup(
+    cffi_modules=["kvm_ffi/build_kvm.py:ffibuilder"],
+    # The C core uses the stable ABI only (cffi): one wheel serves every Python from this one on.
+    # Not in pyproject.toml, since a setuptools without this command complains of that in a build.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,16 @@ def run(scenario: Callable[[FileSyncs, End], Awaitable[None]], timeout_s: float 
 
 
 @pytest.fixture
-def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A FIFO: whoever syncs waits until it is written to, and says so in the file "begun"."""
     tool, gate = tmp_path / "sync", tmp_path / "gate"
     os.mkfifo(gate)
     tool.write_text(f"#!/bin/sh\necho x >> {tmp_path}/begun\nread line < {gate}\n")
     tool.chmod(0o755)
     monkeypatch.setattr(os, "defpath", f"{tmp_path}:{os.defpath}")
-    return gate
+    yield gate
+    with contextlib.suppress(OSError):  # ENXIO: nobody is left waiting
+        os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def begun(gate: Path) -> int:

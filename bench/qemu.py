@@ -113,7 +113,8 @@ def copy_to(directory: Path) -> tuple[str, ...]:
     libraries = re.findall(r"(/\S+) \(0x", found.stdout)
     firmware = (p for base in FIRMWARE for name in FIRMWARE_NAMES for p in Path(base).glob(name))
     for path in (shutil.which(PROGRAM) or PROGRAM, *libraries, *firmware):
-        shutil.copy(path, directory)
+        if not (directory / Path(path).name).exists():  # as QEMU looks: the first place counts
+            shutil.copy(path, directory)
     (loader,) = directory.glob("ld-linux*.so*")
     program = directory / PROGRAM
     return (str(loader), "--library-path", str(directory), str(program), "-L", str(directory))

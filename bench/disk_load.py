@@ -9,28 +9,25 @@ figures are ratios of medians.
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench.common import Goal, Row, document, parser, progress, row, show
+from bench import rig
+from bench.common import Goal, Row, parser, progress, row
 from bench.qemu import Peer
-from lab.guests import Guest, find_guest
-from lab.hosteld import ROOT
+from lab.guests import Guest
 from lab.rest import Console, Json
-from lab.where import in_lab, lab_command, why_not_here
 from tests.support.hostel import Hostel
 
 ROUNDS: Final = 3
-LAB_RUN_LIMIT_S: Final = 1800
 BOOT_LIMIT_S: Final = 240.0
 PEER_LIMIT_S: Final = 600.0
 MEMORY_MIB: Final = 256
@@ -209,28 +206,9 @@ def run(
     arguments = parser(description)
     arguments.add_argument("--rounds", type=int, default=ROUNDS)
     arguments.add_argument("--ms", type=int, default=MS, help="length of each case")
-    arguments.add_argument("--samples", action="store_true", help="print raw samples as JSON")
-    options = arguments.parse_args()
-    guest = find_guest()
-    if options.samples:
-        print(json.dumps(measure(guest, options.rounds, options.ms)))
-        return 0
-    if (reason := why_not_here()) is None:
-        samples, tier = measure(guest, options.rounds, options.ms), "lab" if in_lab() else "full"
-    else:
-        progress(f"not on this machine itself: {reason}; so in the lab")
-        samples, tier = _measure_in_lab(name, options.rounds, options.ms), "lab"
-    show(document(name, tier, rows(samples, peers)), as_json=options.json)
-    return 0
-
-
-def _measure_in_lab(name: str, rounds: int, ms: int) -> Samples:
-    """Measure in one run of the lab."""
-    inside = [sys.executable, "-m", f"bench.{name}", "--samples"]
-    inside += ["--rounds", str(rounds), "--ms", str(ms)]
-    command = lab_command(inside, ["-c", "1"])
-    run = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, timeout=LAB_RUN_LIMIT_S, check=True
+    return rig.run(
+        name,
+        arguments,
+        lambda guest, options: measure(guest, options.rounds, options.ms),
+        partial(rows, peers=peers),
     )
-    samples: Samples = json.loads(run.stdout)
-    return samples

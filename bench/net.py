@@ -12,7 +12,7 @@ bench.boot does, is too slow for four guests at once.
 
 from __future__ import annotations
 
-import json
+import argparse
 import shutil
 import subprocess
 import sys
@@ -22,15 +22,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from bench.common import Goal, document, interleave, medians, parser, progress, row, show
+from bench import rig
+from bench.common import Goal, Row, interleave, medians, parser, progress, row
 from bench.qemu import Peer
-from lab import cpio
-from lab.guests import Guest, find_guest
+from lab.guests import Guest
 from lab.hosteld import ROOT
 from lab.rest import Console
-from lab.where import in_lab, lab_command, why_not_here
 from tests.support.hostel import Hostel
 
 ROUNDS: Final = 5
@@ -39,7 +38,6 @@ MEMORY_MIB: Final = 128
 READY: Final = "net-load: ready"
 BOOT_LIMIT_S: Final = 240.0
 LOAD_LIMIT_S: Final = 60.0
-LAB_RUN_LIMIT_S: Final = 1800
 CMDLINE: Final = "console=ttyS0 quiet reboot=k panic=-1"
 # The address of the guest comes as a word of its command line.
 INIT: Final = """#!/bin/busybox sh
@@ -100,37 +98,10 @@ def main() -> int:
     """Measure here or in the lab, and print the result."""
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=ROUNDS)
-    arguments.add_argument("--samples", action="store_true", help="print raw samples as JSON")
-    options = arguments.parse_args()
-    guest = find_guest()
-    if options.samples:
-        print(json.dumps(measure(guest, options.rounds)))
-        return 0
-    reason = why_not_here()
-    if reason is None:
-        samples, tier = measure(guest, options.rounds), "lab" if in_lab() else "full"
-    else:
-        progress(f"not on this machine itself: {reason}; so in the lab")
-        samples, tier = measure_in_lab(options.rounds), "lab"
-    show(result(samples, tier), as_json=options.json)
-    return 0
+    return rig.run("net", arguments, measure, result)
 
 
-def measure_in_lab(rounds: int) -> Samples:
-    """Measure in a run of the lab."""
-    inside = [sys.executable, "-m", "bench.net", "--samples", "--rounds", str(rounds)]
-    run = subprocess.run(
-        lab_command(inside, ["-c", "1"]),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=LAB_RUN_LIMIT_S,
-        check=True,
-    )
-    samples: Samples = json.loads(run.stdout)
-    return samples
-
-
-def measure(guest: Guest, rounds: int) -> Samples:
+def measure(guest: Guest, options: argparse.Namespace) -> Samples:
     """Load every guest with every case once a round, on this host."""
     directory = Path(tempfile.mkdtemp(prefix="hb-"))
     try:
@@ -138,7 +109,8 @@ def measure(guest: Guest, rounds: int) -> Samples:
         source = ROOT / "guest" / "net_load.c"
         subprocess.run(["gcc", "-O2", "-static", "-o", program, source], check=True)
         initrd = directory / "initrd.img"
-        initrd.write_bytes(_initrd(guest, program))
+        files = {"init": INIT.encode(), "bin/net-load": program.read_bytes()}
+        initrd.write_bytes(rig.initrd(guest, files))
         sides = [
             Side(f"{vmm} {backend}", number)
             for number, (vmm, backend) in enumerate(
@@ -146,7 +118,7 @@ def measure(guest: Guest, rounds: int) -> Samples:
             )
         ]
         with ExitStack() as stack:
-            hostel = stack.enter_context(_hostel(directory, guest, initrd))
+            hostel = stack.enter_context(rig.hosteld(directory / "hostel", guest, initrd))
             for side in sides:
                 start = _ours if side.name.startswith("hostel") else _peer
                 stack.enter_context(start(hostel, side, guest, initrd))
@@ -156,32 +128,9 @@ def measure(guest: Guest, rounds: int) -> Samples:
                 for case in CASES
                 for side in sides
             }
-            return interleave(cases, rounds)
+            return interleave(cases, options.rounds)
     finally:
         shutil.rmtree(directory)
-
-
-def _initrd(guest: Guest, program: Path) -> bytes:
-    """Return the guest's initrd with another init: the kernel lets later archives win."""
-    archive = cpio.Archive()
-    archive.file("init", INIT.encode(), 0o755)
-    archive.file("bin/net-load", program.read_bytes(), 0o755)
-    first = guest.initrd.read_bytes()
-    return first + bytes(-len(first) % 4) + archive.to_bytes()
-
-
-@contextmanager
-def _hostel(directory: Path, guest: Guest, initrd: Path) -> Iterator[Hostel]:
-    hostel = Hostel(directory / "hostel")
-    (directory / "hostel").mkdir()
-    try:
-        hostel.start()
-        hostel.api.post("/v1/kernels?wait=60", {"name": "debian", "path": str(guest.kernel)})
-        image = {"name": "load", "kind": "initrd", "path": str(initrd)}
-        hostel.api.post("/v1/images?wait=60", image)
-        yield hostel
-    finally:
-        hostel.end()
 
 
 @contextmanager
@@ -228,10 +177,10 @@ def _load(program: Path, side: Side, case: str) -> float:
     return float(run.stdout) * CASES[case][2]
 
 
-def result(samples: Samples, tier: str) -> dict[str, Any]:
+def result(samples: Samples) -> list[Row]:
     """Compare each of our medians with QEMU's for the same back end."""
     middle = medians(samples)
-    rows = [
+    return [
         row(
             f"{title}, {backend}",
             unit,
@@ -242,7 +191,6 @@ def result(samples: Samples, tier: str) -> dict[str, Any]:
         for case, (title, unit, _, is_more_better) in CASES.items()
         for backend in BACKENDS
     ]
-    return document("net", tier, rows)
 
 
 if __name__ == "__main__":

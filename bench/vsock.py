@@ -10,10 +10,9 @@ guest, VMM and load, so that a figure says what all of them cost.
 
 from __future__ import annotations
 
-import json
+import argparse
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,15 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from bench.common import Goal, document, interleave, medians, parser, progress, row, show
+from bench import rig
+from bench.common import Goal, Row, interleave, medians, parser, progress, row
 from bench.qemu import Peer
-from lab import cpio
-from lab.guests import Guest, find_guest
-from lab.hosteld import ROOT
+from lab.guests import Guest
 from lab.rest import Console
-from lab.where import in_lab, lab_command, why_not_here
 from tests.support.hostel import Hostel
 from tests.support.vsock_stream import connect, connect_by_vhost
 
@@ -43,7 +40,6 @@ OUR_CIDS: Final = {"vhost": 502, "unix": 503}
 PEER_NAME: Final = "qemu vhost"
 READY: Final = "vsock-load: ready"
 BOOT_LIMIT_S: Final = 240.0
-LAB_RUN_LIMIT_S: Final = 1800
 CMDLINE: Final = "console=ttyS0 quiet reboot=k panic=-1"
 # The root disk has the driver and guest/vsock.c, and is only read.
 INIT: Final = f"""#!/bin/busybox sh
@@ -73,44 +69,17 @@ def main() -> int:
     """Measure here or in the lab, and print the result."""
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=ROUNDS)
-    arguments.add_argument("--samples", action="store_true", help="print raw samples as JSON")
-    options = arguments.parse_args()
-    guest = find_guest()
-    if options.samples:
-        print(json.dumps(measure(guest, options.rounds)))
-        return 0
-    reason = why_not_here()
-    if reason is None:
-        samples, tier = measure(guest, options.rounds), "lab" if in_lab() else "full"
-    else:
-        progress(f"not on this machine itself: {reason}; so in the lab")
-        samples, tier = measure_in_lab(options.rounds), "lab"
-    show(result(samples, tier), as_json=options.json)
-    return 0
+    return rig.run("vsock", arguments, measure, result)
 
 
-def measure_in_lab(rounds: int) -> Samples:
-    """Measure in a run of the lab."""
-    inside = [sys.executable, "-m", "bench.vsock", "--samples", "--rounds", str(rounds)]
-    run = subprocess.run(
-        lab_command(inside, ["-c", "1"]),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        timeout=LAB_RUN_LIMIT_S,
-        check=True,
-    )
-    samples: Samples = json.loads(run.stdout)
-    return samples
-
-
-def measure(guest: Guest, rounds: int) -> Samples:
+def measure(guest: Guest, options: argparse.Namespace) -> Samples:
     """Load every guest with every case once a round, on this host."""
     directory = Path(tempfile.mkdtemp(prefix="hb-"))
     try:
         initrd = directory / "initrd.img"
-        initrd.write_bytes(_initrd(guest))
+        initrd.write_bytes(rig.initrd(guest, {"init": INIT.encode()}))
         with ExitStack() as stack:
-            hostel = stack.enter_context(_hostel(directory, guest, initrd))
+            hostel = stack.enter_context(rig.hosteld(directory / "hostel", guest, initrd))
             dials = {f"hostel {name}": _ours(hostel, guest, name) for name in OUR_CIDS}
             dials[PEER_NAME] = stack.enter_context(_peer(guest, initrd))
             cases: dict[str, Callable[[], float]] = {
@@ -118,34 +87,12 @@ def measure(guest: Guest, rounds: int) -> Samples:
                 for case, (_, _, load) in CASES.items()
                 for name, dial in dials.items()
             }
-            return interleave(cases, rounds)
+            return interleave(cases, options.rounds)
     finally:
         shutil.rmtree(directory)
 
 
 # --- guests
-
-
-def _initrd(guest: Guest) -> bytes:
-    """Return the guest's initrd with another init: the kernel lets later archives win."""
-    archive = cpio.Archive()
-    archive.file("init", INIT.encode(), 0o755)
-    first = guest.initrd.read_bytes()
-    return first + bytes(-len(first) % 4) + archive.to_bytes()
-
-
-@contextmanager
-def _hostel(directory: Path, guest: Guest, initrd: Path) -> Iterator[Hostel]:
-    hostel = Hostel(directory / "hostel")
-    (directory / "hostel").mkdir()
-    try:
-        hostel.start()
-        hostel.api.post("/v1/kernels?wait=60", {"name": "debian", "path": str(guest.kernel)})
-        image = {"name": "load", "kind": "initrd", "path": str(initrd)}
-        hostel.api.post("/v1/images?wait=60", image)
-        yield hostel
-    finally:
-        hostel.end()
 
 
 def _ours(hostel: Hostel, guest: Guest, backend: str) -> Dial:
@@ -236,10 +183,10 @@ CASES: Final = {
 }
 
 
-def result(samples: Samples, tier: str) -> dict[str, Any]:
+def result(samples: Samples) -> list[Row]:
     """Compare the medians of both our back ends with QEMU's."""
     middle = medians(samples)
-    rows = [
+    return [
         row(
             f"{title}, {backend}",
             unit,
@@ -250,7 +197,6 @@ def result(samples: Samples, tier: str) -> dict[str, Any]:
         for case, (title, unit, _) in CASES.items()
         for backend in OUR_CIDS
     ]
-    return document("vsock", tier, rows)
 
 
 if __name__ == "__main__":

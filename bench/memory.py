@@ -3,13 +3,14 @@
 """What a running VM costs its host beyond the guest's own RAM, against QEMU's microvm.
 
 Proportional set size (PSS) of the process that runs the VM, without the mapping of guest RAM: one
-worker alone, and each of 20, with Linux guests of 1 vCPU and 128 MiB that have been idle for a
-minute and a half. What all workers share is there once, with no VM too, and is a row of its own.
+worker alone, and each of 20, with Linux guests of 1 vCPU and 128 MiB that are idle until nothing
+changes any more. What all workers share is there once, with no VM too, and is a row of its own.
 Runs in the lab where this machine cannot run stock kernels.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import statistics
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -32,8 +34,11 @@ COUNT: Final = 20
 MEMORY_MIB: Final = 128
 LAB_MEMORY_MIB: Final = 8192
 BOOT_LIMIT_S: Final = 300.0
-# A worker gives memory back half a minute after its start; an emulated one takes its time.
-IDLE_S: Final = 90.0
+# A worker gives memory back half a minute after its start, some milliseconds at a time: on an
+# emulated host that takes minutes.
+IDLE_S: Final = 45.0
+SETTLED: Final = 0.99
+MAX_LOOKS: Final = 10
 LAB_RUN_LIMIT_S: Final = 3600
 PEER_ATTEMPTS: Final = 3
 CMDLINE: Final = "console=ttyS0 quiet reboot=k panic=-1"
@@ -93,12 +98,10 @@ def measure_ours(guest: Guest, count: int) -> tuple[float, float, float]:
         image = {"name": "instant", "kind": "initrd", "path": str(guest.instant)}
         api.post("/v1/images?wait=60", image)
         pids = [_start(hostel, f"idle-{number}") for number in range(1)]
-        time.sleep(IDLE_S)
-        alone = beyond_ram_mib(pids[0], OUR_RAM)
+        (alone,) = settled(pids, OUR_RAM)
         progress(f"one worker: {alone:.2f} MiB")
         pids += [_start(hostel, f"idle-{number}") for number in range(1, count)]
-        time.sleep(IDLE_S)
-        many = [beyond_ram_mib(pid, OUR_RAM) for pid in pids]
+        many = settled(pids, OUR_RAM)
         progress(f"{count} workers: {min(many):.2f} to {max(many):.2f} MiB")
         return alone, statistics.median(many), shared_mib(hostel)
     finally:
@@ -138,13 +141,11 @@ def measure_qemu(guest: Guest, count: int) -> tuple[float, float]:
     warm_up(guest.kernel, guest.instant)
     with ExitStack() as stack:
         pids = [_start_peer(peer, marker, stack)]
-        time.sleep(IDLE_S)
-        alone = beyond_ram_mib(pids[0], RAM_NAME)
+        (alone,) = settled(pids, RAM_NAME)
         progress(f"one QEMU: {alone:.2f} MiB")
         for _ in range(1, count):
             pids.append(_start_peer(peer, marker, stack))
-        time.sleep(IDLE_S)
-        many = [beyond_ram_mib(pid, RAM_NAME) for pid in pids]
+        many = settled(pids, RAM_NAME)
         progress(f"{count} QEMUs: {min(many):.2f} to {max(many):.2f} MiB")
         return alone, statistics.median(many)
 
@@ -158,6 +159,18 @@ def _start_peer(peer: Peer, marker: bytes, stack: ExitStack) -> int:
             # On an emulated host a guest's kernel panics now and then.
             progress(f"once more: {err}")
     return stack.enter_context(peer.running(marker, BOOT_LIMIT_S))[0]
+
+
+def settled(pids: Sequence[int], ram_name: str) -> list[float]:
+    """Wait until idle processes have become no smaller for a while; return their sizes in MiB."""
+    sizes = [math.inf]
+    for _ in range(MAX_LOOKS):
+        before = sum(sizes)
+        time.sleep(IDLE_S)
+        sizes = [beyond_ram_mib(pid, ram_name) for pid in pids]
+        if sum(sizes) > SETTLED * before:
+            break
+    return sizes
 
 
 def beyond_ram_mib(pid: int, ram_name: str) -> float:

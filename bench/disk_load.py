@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -136,7 +135,7 @@ def _follow(console: Console) -> Iterator[str]:
         at = end
 
 
-def prepare(hostel: Hostel, guest: Guest, words: str, disk: Json) -> None:
+def prepare(hostel: Hostel, guest: Guest, words: str, disk: Json, *, vcpus: int = 1) -> None:
     """Import the files and create the VM that is started again and again."""
     api = hostel.api
     api.post("/v1/kernels?wait=60", {"name": "debian", "path": str(guest.kernel)})
@@ -144,6 +143,7 @@ def prepare(hostel: Hostel, guest: Guest, words: str, disk: Json) -> None:
     api.post("/v1/images?wait=60", image)
     vm = {
         "name": NAME,
+        "vcpus": vcpus,
         "memory_mib": MEMORY_MIB,
         "kernel": "debian",
         "initrd": "load",
@@ -193,7 +193,7 @@ def run(
     name: str,
     description: str | None,
     measure: Callable[[Guest, int, int], Samples],
-    peers: Sequence[str],
+    rows: Callable[[Samples], list[Row]],
 ) -> int:
     """Measure here or in the lab, and print the result.
 
@@ -201,7 +201,7 @@ def run(
         name: of the benchmark, and of its module.
         description: for --help.
         measure: called with the guest, the number of rounds, and the length of each case in ms.
-        peers: the sides that are not ours.
+        rows: makes the result of them.
     """
     arguments = parser(description)
     arguments.add_argument("--rounds", type=int, default=ROUNDS)
@@ -210,5 +210,5 @@ def run(
         name,
         arguments,
         lambda guest, options: measure(guest, options.rounds, options.ms),
-        partial(rows, peers=peers),
+        rows,
     )

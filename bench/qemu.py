@@ -42,6 +42,7 @@ class Peer:
     # process can map it too.
     has_named_ram: bool = False
     devices: tuple[str, ...] = ()
+    cpus: int = 1
     program: tuple[str, ...] = (PROGRAM,)
 
     def command(self) -> list[str]:
@@ -52,7 +53,7 @@ class Peer:
             ram = ["-object", f"{RAM_NAME},id=ram,size={self.memory_mib}M,share=on"]
         return [
             *(*self.program, "-M", machine, *ram),
-            *("-m", str(self.memory_mib), "-cpu", "host", "-smp", "1"),
+            *("-m", str(self.memory_mib), "-cpu", "host", "-smp", str(self.cpus)),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-serial", "stdio", "-kernel", str(self.kernel), "-initrd", str(self.initrd)),
             *("-append", self.cmdline, *self.devices),

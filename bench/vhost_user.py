@@ -110,4 +110,4 @@ def measure(guest: Guest, rounds: int, ms: int) -> Samples:
 
 
 if __name__ == "__main__":
-    sys.exit(disk_load.run("vhost_user", __doc__, measure, PEERS))
+    sys.exit(disk_load.run("vhost_user", __doc__, measure, partial(disk_load.rows, peers=PEERS)))

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from bench.blk import result as blk_result
 from bench.boot import OURS, result
 from bench.common import COLUMNS, Goal, document, interleave, medians, row, show
 from bench.memory import sum_pss
@@ -100,3 +101,10 @@ def test_vsock_compares_both_back_ends_with_qemu() -> None:
     assert [each.ratio for each in rows] == [0.5, 2.0] * len(CASES)
     # More MB/s is better, and fewer microseconds.
     assert [each.met for each in rows] == [False, True, False, True, True, False]
+
+
+def test_blk_counts_the_rows_that_are_clearly_better() -> None:
+    values = {"hostel": 3.0, "q35": 2.0, "microvm-pci": 2.9}
+    one = {f"{side} {metric}": [v] for side, v in values.items() for metric in ("per_s", "cpu_us")}
+    *_, last = blk_result({"randread,4096,1,1": one, "randread,4096,32,1": one})
+    assert (last.ours, last.unit, last.goal, last.met) == (2, "of 4", ">= 2 of 4", True)

@@ -80,11 +80,10 @@ test-fuzz: build
 test-kvm: build
 	$(PYTEST) tests/kvm
 
-# In the lab, which is a full host wherever this runs; never skipped there. On one emulated CPU:
-# QEMU does not get every race of two right, and a test must not fail for that.
+# In the lab, which is a full host wherever this runs; never skipped there.
 test-guest: build guest
 	@echo "running tests/guest in the lab, an emulated AMD-V host"
-	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) lab/lab run -c 1 -m 4096 -t 3600 -- \
+	@HOSTEL_GUEST=$$($(BIN)/python -m lab.guests) lab/lab run -m 4096 -t 3600 -- \
 	   $(PYTEST) -v --tb=short tests/guest
 
 # --- the main job, by hand and by eye

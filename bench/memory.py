@@ -62,7 +62,7 @@ def main() -> int:
         progress(f"not on this machine itself: {reason}; so in the lab")
         inside = [sys.executable, "-m", "bench.memory", "--count", str(options.count)]
         inside += ["--json"] if options.json else []
-        command = lab_command(inside, ["-c", "1", "-m", str(LAB_MEMORY_MIB)])
+        command = lab_command(inside, ["-m", str(LAB_MEMORY_MIB)])
         return subprocess.run(command, cwd=ROOT, timeout=LAB_RUN_LIMIT_S, check=False).returncode
     rows = measure(guest, options.count)
     show(document("memory", "lab" if in_lab() else "full", rows), as_json=options.json)

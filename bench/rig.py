@@ -53,9 +53,7 @@ def run(
 
 def _samples_of_lab(name: str) -> bytes:
     options = [word for word in sys.argv[1:] if word != "--json"]
-    command = lab_command(
-        [sys.executable, "-m", f"bench.{name}", "--samples", *options], ["-c", "1"]
-    )
+    command = lab_command([sys.executable, "-m", f"bench.{name}", "--samples", *options])
     find_guest()  # made here, where it is quick
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, timeout=LAB_RUN_LIMIT_S, check=True

@@ -50,7 +50,7 @@ class Machine:
     disks: tuple[Disk, ...] = ()
     forwards: tuple[Forward, ...] = ()
     memory_mib: int = 3072
-    cpus: int = 2
+    cpus: int = 1
     icount: bool = False
 
     def command(self) -> list[str]:

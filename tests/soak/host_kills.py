@@ -82,7 +82,7 @@ def run_and_kill(path: Path, first: int, after_s: float) -> int:
         RuntimeError: the guest told of none.
     """
     inside = [sys.executable, "-m", "tests.soak.host_kills", "--inside", str(first)]
-    command = lab_command(inside, ["-c", "1", "--disk", str(path)])
+    command = lab_command(inside, ["--disk", str(path)])
     text, killer = "", None
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -308,9 +308,9 @@ class Store:
         events = [event for outcome in outcomes for event in outcome.events]
         if events:
             self._last_event_id = events[-1].id
-            # After the futures: the loop wakes tasks in the order in which they were made ready, so
-            # whoever changed an object shows the change before a follower hears of it and looks.
-            self._on_events(events)
+            # The loop runs first what the futures have made ready: whoever changed an object shows
+            # the change before a follower, even one that is just looking, hears of it.
+            self._loop.call_soon(self._on_events, events)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -110,7 +110,7 @@ def measure(guest: Guest, options: argparse.Namespace) -> Samples:
         subprocess.run(["gcc", "-O2", "-static", "-o", program, source], check=True)
         initrd = directory / "initrd.img"
         files = {"init": INIT.encode(), "bin/net-load": program.read_bytes()}
-        initrd.write_bytes(rig.initrd(guest, files))
+        initrd.write_bytes(rig.initrd_with(guest, files))
         sides = [
             Side(f"{vmm} {backend}", number)
             for number, (vmm, backend) in enumerate(

@@ -61,7 +61,7 @@ def _samples_of_lab(name: str) -> bytes:
     return done.stdout
 
 
-def initrd(guest: Guest, files: Mapping[str, bytes]) -> bytes:
+def initrd_with(guest: Guest, files: Mapping[str, bytes]) -> bytes:
     """Return the guest's initrd with programs of one's own: the kernel lets later archives win."""
     archive = cpio.Archive()
     for path, data in files.items():

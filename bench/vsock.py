@@ -77,7 +77,7 @@ def measure(guest: Guest, options: argparse.Namespace) -> Samples:
     directory = Path(tempfile.mkdtemp(prefix="hb-"))
     try:
         initrd = directory / "initrd.img"
-        initrd.write_bytes(rig.initrd(guest, {"init": INIT.encode()}))
+        initrd.write_bytes(rig.initrd_with(guest, {"init": INIT.encode()}))
         with ExitStack() as stack:
             hostel = stack.enter_context(rig.hosteld(directory / "hostel", guest, initrd))
             dials = {f"hostel {name}": _ours(hostel, guest, name) for name in OUR_CIDS}

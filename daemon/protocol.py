@@ -16,8 +16,7 @@ hosteld asks the zygote:
 hosteld asks a worker, over its own listening socket (so that a later hosteld finds it again):
     launch        MachineSpec, fds as the spec indexes them -> Status
     status        -> Status
-    pause, resume, reset, power_button -> Status
-    ctrl_alt_del  -> Status and {"is_typed": False when the guest lost the keys}
+    pause, resume, reset, power_button, ctrl_alt_del -> Status
     attach        {"first_fd": Status.next_fd, "disks": [DiskSpec], "nics": [NicSpec]}, fds as the
                   specs index them, from first_fd on -> Status
     detach        {"device": id, "force": bool} -> Status; without force the guest is asked, and a

@@ -8,6 +8,7 @@ GIL.
 
 from __future__ import annotations
 
+import abc
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -44,20 +45,17 @@ class RateLimit:
 UNLIMITED: Final = RateLimit()
 
 
-class RateLimiter:
-    """The buckets of one device, shared by its engines.
-
-    Threads: any.
-    """
+class _Buckets(abc.ABC):
+    """What can be limited, one device or several: a C object, and what was set last."""
 
     def __init__(self, limit: RateLimit = UNLIMITED) -> None:
-        self._c = ffi.gc(_make(), lib.rate_limiter_deinit)
+        self._c = self._make()
         self._limit = UNLIMITED
         self.set(limit)
 
     @property
     def raw(self) -> CData:
-        """The `struct rate_limiter *`, for an engine's configuration."""
+        """The C struct, for the configuration of engines; it must outlive them."""
         return self._c
 
     @property
@@ -66,60 +64,53 @@ class RateLimiter:
         return self._limit
 
     def set(self, limit: RateLimit) -> None:
-        """Change the limits; wake the engines that wait for the old ones then.
+        """Change the limits.
 
         Raises:
             ValueError: a rate or a burst is not in its range.
         """
-        ret = lib.rate_limiter_set(self._c, _config(limit), time.monotonic_ns())
+        ret = self._set(_config(limit), time.monotonic_ns())
         assert ret == 0  # _config() has checked the ranges
         self._limit = limit
 
+    @abc.abstractmethod
+    def _make(self) -> CData: ...
 
-class RateGroup:
+    @abc.abstractmethod
+    def _set(self, config: CData, now_ns: int) -> int: ...
+
+
+class RateLimiter(_Buckets):
+    """The buckets of one device, shared by its engines; wake those that wait after set().
+
+    Threads: any.
+    """
+
+    def _make(self) -> CData:
+        limiter = ffi.new("struct rate_limiter *")
+        lib.rate_limiter_init(limiter)
+        return ffi.gc(limiter, lib.rate_limiter_deinit)
+
+    def _set(self, config: CData, now_ns: int) -> int:
+        return int(lib.rate_limiter_set(self._c, config, now_ns))
+
+
+class RateGroup(_Buckets):
     """Buckets that several devices share, each of which may have a RateLimiter of its own.
 
-    Devices that always have requests get equal shares of it: csrc/rate_group.h says how.
+    Devices that always have requests get equal shares of it: csrc/rate_group.h says how. What is
+    set() counts at once also for those that wait.
 
     Threads: any.
     """
 
-    def __init__(self, limit: RateLimit = UNLIMITED) -> None:
-        self._c = ffi.gc(_make_group(), lib.rate_group_deinit)
-        self._limit = UNLIMITED
-        self.set(limit)
+    def _make(self) -> CData:
+        group = ffi.new("struct rate_group *")
+        lib.rate_group_init(group)
+        return ffi.gc(group, lib.rate_group_deinit)
 
-    @property
-    def raw(self) -> CData:
-        """The `struct rate_group *`, for the configuration of engines; it must outlive them."""
-        return self._c
-
-    @property
-    def limit(self) -> RateLimit:
-        """What was set last."""
-        return self._limit
-
-    def set(self, limit: RateLimit) -> None:
-        """Change the limits, at once also for what waits for the old ones.
-
-        Raises:
-            ValueError: a rate or a burst is not in its range.
-        """
-        ret = lib.rate_group_set(self._c, _config(limit), time.monotonic_ns())
-        assert ret == 0  # _config() has checked the ranges
-        self._limit = limit
-
-
-def _make() -> CData:
-    limiter = ffi.new("struct rate_limiter *")
-    lib.rate_limiter_init(limiter)
-    return limiter
-
-
-def _make_group() -> CData:
-    group = ffi.new("struct rate_group *")
-    lib.rate_group_init(group)
-    return group
+    def _set(self, config: CData, now_ns: int) -> int:
+        return int(lib.rate_group_set(self._c, config, now_ns))
 
 
 def _config(limit: RateLimit) -> CData:

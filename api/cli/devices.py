@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from .specs import absolute, parse_disk, parse_nic
 from .support import Json, NoWait, print_json, session, settle
 from .vm import Ref, print_outcome, read
 from .vm import app as vm_app
+
+if TYPE_CHECKING:
+    from ..models.limits import RateLimit
+    from ..models.vms import Vm
 
 app = vm_app
 
@@ -21,6 +25,8 @@ Pull = Annotated[
 LetGo = Annotated[
     float, typer.Option("--timeout", min=0, max=600, help="Seconds that the guest has to let go.")
 ]
+Bps = Annotated[int | None, typer.Option(min=1, help="Bytes per second.")]
+Iops = Annotated[int | None, typer.Option(min=1, help="Requests per second.")]
 
 
 @app.command("grow-disk")
@@ -71,23 +77,17 @@ def limit_disk(
     context: typer.Context,
     vm: Ref,
     disk: Annotated[str, typer.Argument(metavar="DISK", help="The disk's id.")],
-    bps: Annotated[int | None, typer.Option(min=1, help="Bytes per second.")] = None,
-    iops: Annotated[int | None, typer.Option(min=1, help="Requests per second.")] = None,
+    bps: Bps = None,
+    iops: Iops = None,
     as_json: Json = False,
 ) -> None:
     """Limit a disk, at once; without limits, take away those that it has."""
     with session(context) as client:
-        from ..models.limits import RateLimit
         from ..models.vms import DiskPatch
 
-        limit = RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
+        limit = _limit(bps, iops)
         changed = client.patch_disk(vm, disk, DiskPatch(rate_limit=limit))
-        if as_json:
-            print_json(changed)
-            return
-        from . import tables
-
-        print(f"disk {disk}: {tables.limit_text(limit)}")
+        _print_limit(changed, f"disk {disk}", limit, as_json=as_json)
 
 
 @app.command("limit-group")
@@ -95,22 +95,32 @@ def limit_group(
     context: typer.Context,
     vm: Ref,
     group: Annotated[str, typer.Argument(metavar="GROUP", help="The rate group's id.")],
-    bps: Annotated[int | None, typer.Option(min=1, help="Bytes per second.")] = None,
-    iops: Annotated[int | None, typer.Option(min=1, help="Requests per second.")] = None,
+    bps: Bps = None,
+    iops: Iops = None,
     as_json: Json = False,
 ) -> None:
     """Limit the disks of a rate group in sum, at once; without limits, let them go."""
     with session(context) as client:
-        from ..models.limits import RateGroupPatch, RateLimit
+        from ..models.limits import RateGroupPatch
 
-        limit = RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
+        limit = _limit(bps, iops)
         changed = client.patch_rate_group(vm, group, RateGroupPatch(rate_limit=limit))
-        if as_json:
-            print_json(changed)
-            return
-        from . import tables
+        _print_limit(changed, f"rate group {group}", limit, as_json=as_json)
 
-        print(f"rate group {group}: {tables.limit_text(limit)}")
+
+def _limit(bps: int | None, iops: int | None) -> RateLimit | None:
+    from ..models.limits import RateLimit
+
+    return RateLimit(bytes_per_s=bps, ops_per_s=iops) if bps or iops else None
+
+
+def _print_limit(changed: Vm, what: str, limit: RateLimit | None, *, as_json: bool) -> None:
+    if as_json:
+        print_json(changed)
+        return
+    from . import tables
+
+    print(f"{what}: {tables.limit_text(limit)}")
 
 
 @app.command("set-nic")

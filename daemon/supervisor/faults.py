@@ -9,6 +9,7 @@ import logging
 from typing import Final
 
 from api.errors import ApiError, Busy, Conflict, HostFailure, Internal, Invalid, NoSpace
+from api.models.vms import VmState
 
 from ..errors import WorkerError
 from ..images.errors import Cancelled, ImageError, StorageError
@@ -16,6 +17,8 @@ from .store import StoreBusy, StoreFailed, StoreFull
 
 log = logging.getLogger(__name__)
 
+# What a worker cannot do because of its guest.
+_GUEST_REFUSALS: Final = frozenset({"guest_ignores_keys"})
 # What a file system says that takes nothing more, and what helps.
 _REMEDIES: Final = {
     errno.ENOSPC: "make room",
@@ -61,6 +64,13 @@ def start_failure(err: WorkerError | OSError, vm: str, message: str) -> ApiError
     if isinstance(err, OSError) and err.errno in _REMEDIES:
         return translate(err, f"vm.start {vm}")
     return HostFailure("start_failed", f"VM {vm}: {message}")
+
+
+def refusal(err: WorkerError, doing: str, state: VmState) -> ApiError:
+    """Return what a client is told of what a worker refused: most of it is the host's failure."""
+    if err.code in _GUEST_REFUSALS:
+        return Conflict(err.code, f"{doing}: {err}", state=state.value)
+    return HostFailure(err.code, f"{doing}: {err}")
 
 
 def _image_error(err: ImageError) -> ApiError:

@@ -102,11 +102,16 @@ def _start(name: str) -> asyncio.Future[str | None]:
             env={"PATH": os.defpath, "LC_ALL": "C"},
             start_new_session=True,
         )
-        child.returncode = 0  # it is reaped below, and not when this object goes
-        pidfd = os.pidfd_open(child.pid)
     except OSError:
         os.close(errors_fd)
         raise
+    try:
+        pidfd = os.pidfd_open(child.pid)
+    except OSError:
+        os.close(errors_fd)
+        child.kill()  # not waited for: the kernel may hold it
+        raise
+    child.returncode = 0  # it is reaped below, and not when this object goes
 
     def on_end() -> None:
         loop.remove_reader(pidfd)

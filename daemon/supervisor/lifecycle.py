@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from api.errors import Conflict
 from api.models.vms import VmAction, VmState
@@ -211,21 +211,6 @@ def check_swap(name: str, state: VmState) -> None:
             " or at rest",
             state=state.value,
             allowed=[other.value for other in allowed],
-        )
-
-
-def check_typed(name: str, state: VmState, reply: dict[str, Any]) -> None:
-    """Refuse keys that a worker could not type; one of an older hosteld does not tell.
-
-    Raises:
-        Conflict: the guest lost them.
-    """
-    if reply.get("is_typed") is False:
-        raise Conflict(
-            "guest_ignores_keys",
-            f"VM {name}: the guest has not read the keys before these, or has its keyboard"
-            " disabled: try again, or use stop or reset",
-            state=state.value,
         )
 
 

@@ -147,10 +147,10 @@ def counted(entry: VmEntry, status: Status | None) -> tuple[list[NewEvent], dict
     if status.watchdog_expired > record.watchdog_expired:
         changes["watchdog_expired"] = status.watchdog_expired
         count = status.watchdog_expired - record.watchdog_expired
-        told: dict[str, Any] = {"action": record.watchdog, "count": count}
+        data: dict[str, Any] = {"action": record.watchdog, "count": count}
         if (error := _watchdog_failure(status)) is not None:
-            told["error"] = error
-        events.append(entry.event("watchdog", **told))
+            data["error"] = error
+        events.append(entry.event("watchdog", **data))
     counts = {disk_id: told["count"] for disk_id, told in status.disk_errors.items()}
     for disk_id, told in status.disk_errors.items():
         if fresh := told["count"] - record.disk_errors.get(disk_id, 0):

@@ -26,7 +26,7 @@ from . import lifecycle, procfs
 from .backend_recovery import Recovery
 from .config import Config
 from .endings import judge
-from .faults import start_failure
+from .faults import refusal, start_failure
 from .file_sync import FileSyncs
 from .launch import FdBag, prepare
 from .library import Library
@@ -361,8 +361,7 @@ class VmRunner:
         self._check(entry, action, request)
         async with entry.lock:
             self._check(entry, action, request)
-            reply = await self.ask(entry, _OPS[action])
-            lifecycle.check_typed(entry.record.name, entry.record.state, reply)
+            await self.ask(entry, _OPS[action])
             await self.keep_up(entry, request.actor)
 
     async def ask(
@@ -388,7 +387,7 @@ class VmRunner:
             text = "it has ended" if why is None else why.message
             raise HostFailure(err.code, f"VM {entry.record.name}: {text}") from err
         except WorkerError as err:
-            raise HostFailure(err.code, f"VM {entry.record.name}: {op}: {err}") from err
+            raise refusal(err, f"VM {entry.record.name}: {op}", entry.record.state) from err
 
     # --- keeping up with the worker
 

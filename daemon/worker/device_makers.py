@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from devices.virtio.blk import VirtioBlk
 from devices.virtio.console import PortConfig, VirtioConsole
@@ -233,13 +233,3 @@ def make_with_copies(make: DeviceMaker, fds: tuple[int, ...]) -> VirtioDevice:
         for copy in copies:
             os.close(copy)
         raise
-
-
-def device_status(spec: MachineSpec, fds: MachineFds) -> dict[str, Any]:
-    """Return what a Status has of the devices and their descriptors."""
-    return {
-        "devices": (*(disk.id for disk in spec.disks), *(nic.id for nic in spec.nics)),
-        "next_fd": len(fds),
-        "backends_lost": fds.backends.lost(),
-        "swaps": {disk.id: disk.swaps for disk in spec.disks if not disk.vhost_user},
-    }

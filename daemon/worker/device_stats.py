@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the Hostel authors
-"""The counters of a machine's virtio devices, as the API has them."""
+"""What a machine tells of its devices: counters as the API has them, and its part of a Status."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from devices.virtio.net import VirtioNet
 from devices.virtio.pmem import VirtioPmem
 from devices.virtio.vhost_user.device import VhostUserBlk, VhostUserNet
 from devices.virtio.vsock import VirtioVsock
+
+from ..protocol import MachineSpec
+from .device_makers import MachineFds
 
 _KINDS: Final[dict[type[VirtioDevice], str]] = {
     VirtioBlk: "disks",
@@ -40,3 +43,13 @@ def device_stats(devices: Iterable[VirtioDevice]) -> dict[str, Any]:
         elif isinstance(device, VirtioConsole):
             stats["ports"] = device.port_stats()
     return stats
+
+
+def device_status(spec: MachineSpec, fds: MachineFds) -> dict[str, Any]:
+    """Return what a Status has of the devices and their descriptors."""
+    return {
+        "devices": (*(disk.id for disk in spec.disks), *(nic.id for nic in spec.nics)),
+        "next_fd": len(fds),
+        "backends_lost": fds.backends.lost(),
+        "swaps": {disk.id: disk.swaps for disk in spec.disks if not disk.vhost_user},
+    }

@@ -31,7 +31,8 @@ from ..protocol import MachineSpec, NicWishes, Status
 from .console import BoundedLog, decode_input
 from .control import ControlServer, FdHandler
 from .counts import Counts
-from .device_makers import MachineFds, device_status
+from .device_makers import MachineFds
+from .device_stats import device_status
 from .last_words import write_last_words
 from .limits import change_limits
 from .machine import Machine
@@ -212,8 +213,13 @@ class Worker:
         return self._status.encode()
 
     def _on_ctrl_alt_del(self, _args: dict[str, Any]) -> dict[str, Any]:
-        is_typed = self._need("running").press_ctrl_alt_del()
-        return {**self._status.encode(), "is_typed": is_typed}
+        if not self._need("running").press_ctrl_alt_del():
+            raise WorkerError(
+                "guest_ignores_keys",
+                "the guest has not read the keys before these, or has its keyboard disabled: try"
+                " again, or use stop or reset",
+            )
+        return self._status.encode()
 
     def _on_resize_disk(self, args: dict[str, Any]) -> dict[str, Any]:
         machine = self._need("running", "paused", "crashed")

@@ -87,10 +87,13 @@ class FakeWorker:
         if f"hang-up-on-{op}" in self.moods:
             self.moods.remove(f"hang-up-on-{op}")
             raise ConnectionResetError
-        if f"refuse-{op}" in self.moods:
+        is_lost = op == "ctrl_alt_del" and "ignore-keys" in self.moods
+        if f"refuse-{op}" in self.moods or is_lost:
             if op != "launch":
                 protocol.close_all(message.fds)
             error = {"code": "boot_failed", "message": "no such luck"}
+            if is_lost:
+                error = {"code": "guest_ignores_keys", "message": "the guest has not read them"}
             self.send({"id": message.body["id"], "error": error})
             return
         if op in ("attach", "detach", "keep"):
@@ -120,8 +123,6 @@ class FakeWorker:
             self.tell(state=states[op], resets=self.status.resets + (op == "reset"))
         elif op == "power_button" and "ignore-button" not in self.moods:
             self.end("guest_poweroff", "the guest powered itself off")
-        elif op == "ctrl_alt_del":
-            return {**self.status.encode(), "is_typed": "ignore-keys" not in self.moods}
         elif op == "quit":
             self.end("killed", "ended on request")
         elif op == "stats":

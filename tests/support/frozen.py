@@ -6,22 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from tests.support.host_tools import run
 
 MIB = 1 << 20
-
-
-def run(*command: str) -> str:
-    """Run a tool of the host, and skip where it does not work."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.CalledProcessError) as err:
-        pytest.skip(f"{command[0]}: {getattr(err, 'stderr', None) or err}")
-    return done.stdout.strip()
 
 
 class FrozenDisk:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.disk_kernel import BLOCK_BYTES, DiskGuest
-from tests.support.frozen import run
+from tests.support.host_tools import run
 from tests.support.hostel import Hostel
 
 MIB = 1 << 20

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -32,34 +33,32 @@ def new(directory: Path) -> Path:
     return path
 
 
-def hostel_with(directory: Path, sync_timeout_s: float) -> Hostel:
+@contextlib.contextmanager
+def hostel_with(directory: Path, frozen: FrozenDisk, sync_timeout_s: float) -> Iterator[Hostel]:
+    """A hosteld that waits so long for a sync; it ends before its disk does."""
     config = directory / "hosteld.toml"
     config.write_text(f"sync_timeout_s = {sync_timeout_s}\n")
-    return Hostel(directory, ["--config", str(config)])
-
-
-@pytest.fixture
-def impatient(directory: Path, frozen: FrozenDisk) -> Iterator[Hostel]:
-    """A hosteld that waits a moment; it ends before its disk does."""
-    hostel = hostel_with(directory, 0.5)
+    hostel = Hostel(directory, ["--config", str(config)])
     try:
         hostel.start()
         yield hostel
     finally:
         frozen.thaw()
         hostel.end()
+
+
+@pytest.fixture
+def impatient(directory: Path, frozen: FrozenDisk) -> Iterator[Hostel]:
+    """A hosteld that waits a moment."""
+    with hostel_with(directory, frozen, 0.5) as hostel:
+        yield hostel
 
 
 @pytest.fixture
 def patient(directory: Path, frozen: FrozenDisk) -> Iterator[Hostel]:
     """A hosteld that waits longer than any test."""
-    hostel = hostel_with(directory, 3600)
-    try:
-        hostel.start()
+    with hostel_with(directory, frozen, 3600) as hostel:
         yield hostel
-    finally:
-        frozen.thaw()
-        hostel.end()
 
 
 def syncs(hostel: Hostel) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,20 +17,12 @@ import pytest
 from kvm_ffi.blk_engine import direct_align_bytes
 from kvm_ffi.types import Gpa
 from tests.support.disk import DATA, FLUSH, IOERR, OK, OUT, SECTOR, Disk, MakeDisk
+from tests.support.host_tools import run
 from tests.support.ring_driver import WRITE
 
 SMALL_BYTES = 64 << 10
 DISK_SECTORS = 2048
 BLOCK = 8  # sectors
-
-
-def run(*command: str) -> str:
-    """Run a tool of the host, and skip where it does not work."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.CalledProcessError) as err:
-        pytest.skip(f"{command[0]}: {getattr(err, 'stderr', None) or err}")
-    return done.stdout.strip()
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_keys_that_the_guest_lost_are_refused(harness: Harness) -> None:
         await harness.start("a")
         assert (await harness.act(VmAction.CTRL_ALT_DEL)).state is VmState.RUNNING
         await harness.start("b", "ignore-keys")
-        with pytest.raises(Conflict, match="VM b: the guest has not read") as refused:
+        with pytest.raises(Conflict, match="VM b: ctrl_alt_del: the guest has not read") as refused:
             await harness.act(VmAction.CTRL_ALT_DEL, "b")
         assert (refused.value.code, refused.value.state) == ("guest_ignores_keys", "running")
 

@@ -87,13 +87,9 @@ class FakeWorker:
         if f"hang-up-on-{op}" in self.moods:
             self.moods.remove(f"hang-up-on-{op}")
             raise ConnectionResetError
-        is_lost = op == "ctrl_alt_del" and "ignore-keys" in self.moods
-        if f"refuse-{op}" in self.moods or is_lost:
+        if (error := self.refusal(op)) is not None:
             if op != "launch":
                 protocol.close_all(message.fds)
-            error = {"code": "boot_failed", "message": "no such luck"}
-            if is_lost:
-                error = {"code": "guest_ignores_keys", "message": "the guest has not read them"}
             self.send({"id": message.body["id"], "error": error})
             return
         if op in ("attach", "detach", "keep"):
@@ -106,6 +102,13 @@ class FakeWorker:
         self.send({"id": message.body["id"], "ok": reply})
         if op == "launch":
             self.live()
+
+    def refusal(self, op: str) -> dict[str, str] | None:
+        if f"refuse-{op}" in self.moods:
+            return {"code": "boot_failed", "message": "no such luck"}
+        if op == "ctrl_alt_del" and "ignore-keys" in self.moods:
+            return {"code": "guest_ignores_keys", "message": "the guest has not read them"}
+        return None
 
     def launch(self, spec: MachineSpec, fds: tuple[int, ...]) -> None:
         self.fds = fds

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Final
 
 from devices.virtio.blk import VirtioBlk
-from devices.virtio.console import PortConfig, VirtioConsole
+from devices.virtio.console import VirtioConsole
+from devices.virtio.console_port import PortConfig
 from devices.virtio.device import VirtioDevice
 from devices.virtio.net import VirtioNet
 from devices.virtio.pmem import VirtioPmem

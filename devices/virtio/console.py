@@ -10,15 +10,16 @@ Source: VIRTIO 1.2, 5.3 "Console Device".
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from kvm_ffi.errors import BadDescriptorChain
+from kvm_ffi.timer import Timer
 
-from .console_port import Port
+from .console_port import Port, PortConfig
 from .device import KickedDevice, serve_slowly
 from .ids import VIRTIO_CONSOLE_F_MULTIPORT, VIRTIO_ID_CONSOLE
 
@@ -45,12 +46,15 @@ PORT_OPEN: Final = 6
 PORT_NAME: Final = 7
 
 
-@dataclass(frozen=True, slots=True)
-class PortConfig:
-    """A port to be: its name, and whether it is the console."""
-
-    name: str
-    is_console: bool
+def _timers(count: int) -> list[Timer]:
+    """Make so many, or none: nothing else that a port takes over can fail after them."""
+    timers: list[Timer] = []
+    with contextlib.ExitStack() as undo:
+        for _ in range(count):
+            timers.append(Timer())
+            undo.callback(timers[-1].close)
+        undo.pop_all()
+    return timers
 
 
 class VirtioConsole(KickedDevice):
@@ -62,6 +66,7 @@ class VirtioConsole(KickedDevice):
 
     Raises:
         ValueError: there are too many ports, or too many consoles.
+        OSError: no descriptors are left; the listeners stay the caller's, as on any failure.
     """
 
     DEVICE_ID: ClassVar[int] = VIRTIO_ID_CONSOLE
@@ -82,13 +87,13 @@ class VirtioConsole(KickedDevice):
         self._ports = {
             number: Port(
                 number,
-                config.name,
+                config,
                 fd,
-                is_console=config.is_console,
+                retry,
                 guard=self._act,
                 tell_open=self._tell_open,
             )
-            for config, fd in zip(ports, listener_fds, strict=True)
+            for config, fd, retry in zip(ports, listener_fds, _timers(len(ports)), strict=True)
             for number in [0 if config.is_console else next(numbers)]
         }
         self._max_ports = max(self._ports) + 1

@@ -15,15 +15,16 @@ import select
 import socket
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from devices.ratelimit import GuestLog
 from kvm_ffi.errors import BadDescriptorChain
-from kvm_ffi.timer import Timer
 
 if TYPE_CHECKING:
     from devices.event_loop import EventLoop
+    from kvm_ffi.timer import Timer
     from kvm_ffi.virtqueue import DescriptorChain
 
     from .queue import EnabledQueue
@@ -43,14 +44,22 @@ COUNTERS: Final = ("connections", "received_bytes", "sent_bytes", "dropped_bytes
 Guard = Callable[[Callable[[], None]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class PortConfig:
+    """A port to be: its name, and whether it is the console."""
+
+    name: str
+    is_console: bool
+
+
 class Port:
     """One port; one program of the host at a time is connected to it, others wait.
 
     Args:
         number: of the port in its device.
-        name: what the guest calls it.
-        is_console: Linux makes it a terminal, hvc0.
+        config: what the guest is told of it; Linux makes a console a terminal, hvc0.
         listener_fd: a listening stream socket; owned from now on.
+        retry: a timer that is not set; owned from now on.
         guard: calls what it is given under the device's lock, unless the device rests.
         tell_open: called with whether a program of the host is connected.
 
@@ -60,21 +69,21 @@ class Port:
     def __init__(
         self,
         number: int,
-        name: str,
+        config: PortConfig,
         listener_fd: int,
+        retry: Timer,
         *,
-        is_console: bool,
         guard: Guard,
         tell_open: Callable[[Port, bool], None],
     ) -> None:
         self.number = number
-        self.name = name
-        self.is_console = is_console
+        self.name = config.name
+        self.is_console = config.is_console
         self._guard = guard
         self._tell_open = tell_open
         self._listener = socket.socket(fileno=listener_fd)
         self._listener.setblocking(False)
-        self._retry = Timer()
+        self._retry = retry
         self._is_backing_off = False
         self._log = GuestLog(log)
         self._loop: EventLoop | None = None

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -18,8 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from devices.virtio import console as console_module
 from devices.virtio import console_port
-from devices.virtio.console import PortConfig, VirtioConsole
+from devices.virtio.console import VirtioConsole
+from devices.virtio.console_port import PortConfig
+from kvm_ffi.timer import Timer
 
 if TYPE_CHECKING:
     from tests.unit.devices.virtio.conftest import Machine, MachineFactory
@@ -572,3 +576,28 @@ def make_rig_of() -> Iterator[Callable[[], Rig]]:
 
         yield make
         rigs[0].close()
+
+
+def test_a_device_without_enough_descriptors_leaves_its_listeners_to_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Timer] = []
+
+    def second_fails() -> Timer:
+        if made:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.append(Timer())
+        return made[0]
+
+    monkeypatch.setattr(console_module, "Timer", second_fails)
+    listeners = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+    with pytest.raises(OSError, match="Too many open files"):
+        VirtioConsole(
+            [PortConfig("tty", True), PortConfig("agent", False)],
+            [listener.fileno() for listener in listeners],
+        )
+    for listener in listeners:
+        os.fstat(listener.fileno())
+        listener.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(made[0].fd)

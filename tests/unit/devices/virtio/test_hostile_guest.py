@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from devices.virtio.blk import VirtioBlk
-from devices.virtio.console import PortConfig, VirtioConsole
+from devices.virtio.console import VirtioConsole
+from devices.virtio.console_port import PortConfig
 from devices.virtio.net import VirtioNet
 from devices.virtio.pmem import VirtioPmem
 from devices.virtio.rng import VirtioRng
